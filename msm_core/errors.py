@@ -1,0 +1,226 @@
+"""Every error that msm raises on purpose: a sentence that carries facts and ends with the remedy.
+
+Facts are names, dates and plain values, never live objects, so an error crosses a process border (Ray, pickle) unchanged.
+"""
+
+from typing import Any, ClassVar
+
+
+class MsmError(Exception):
+    """Root of every error msm raises on purpose."""
+
+    message: ClassVar[str] = "msm failed"
+    retryable: ClassVar[bool] = False  # true only where trying the same again can help
+
+    def __init__(self, **facts: Any) -> None:
+        super().__init__()  # no positional arguments: this is what makes pickling work
+        self.facts = facts
+
+    def __str__(self) -> str:
+        return self.message.format(**self.facts)
+
+    @property
+    def reason(self) -> str:
+        """Stable machine name of the error, as stored in the ledger: `missing_price`."""
+        name = type(self).__name__
+        return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")
+
+
+# -- configuration and identity ---------------------------------------------------------------------------------------
+
+
+class ConfigurationError(MsmError):
+    """A fleet file or a configuration that cannot be used; `problems` holds every one found, not only the first."""
+
+    message = "{problems}"
+
+    def __str__(self) -> str:
+        problems = self.facts["problems"]
+        return problems if isinstance(problems, str) else "\n".join(problems)
+
+
+class NotCanonical(MsmError):
+    message = "{value} at {path} cannot be part of an identity: {why}."
+
+
+class InvalidNamespace(MsmError):
+    message = "namespace {namespace!r} is not usable: it must match ^[a-z][a-z0-9_]{{0,30}}$. Set MSM_AUTO_REGISTER_NAMESPACE accordingly."
+
+
+class NamespaceChanged(MsmError):
+    message = (
+        "the models were loaded for namespace {loaded!r}, but {requested!r} is asked for now. "
+        "Set MSM_AUTO_REGISTER_NAMESPACE before the first import of msm_core, in a new process."
+    )
+
+
+class NaiveTimestamp(MsmError):
+    message = "{what} is {value}, without a time zone. Give an offset, for example {value}+00:00."
+
+
+class UnknownKind(MsmError):
+    message = "{family} kind {kind!r} is not registered. Known kinds: {known}."
+
+
+class SelectionError(MsmError):
+    message = "cannot select {selector!r}: {why}. Examples: portfolio:ew-*, tag:core, signal:equal+, asset:AAPL+, status:failed."
+
+
+# -- database -----------------------------------------------------------------------------------------------------------
+
+
+class DatabaseNotConfigured(MsmError):
+    message = (
+        "no database is configured: set MSM_DATABASE_URL or MSM_DATABASE_URL_FILE, or start the embedded one with `msm-ray db start` "
+        "(looked for {url_file})."
+    )
+
+
+class DatabaseUnavailable(MsmError):
+    message = "the database at {where} does not answer: {why}. Check MSM_DATABASE_URL, or start the embedded one with `msm-ray db start`."
+    retryable = True
+
+
+class UnsupportedDatabase(MsmError):
+    message = "the database is {found}; Postgres {needed} or newer is needed."
+
+
+class EmbeddedPostgresError(MsmError):
+    message = "embedded Postgres: {why}. {remedy}"
+
+
+class EngineNotStarted(MsmError):
+    message = "no engine: call msm_core.start_engine(models=[...]) before using rows."
+
+
+class UnknownModel(MsmError):
+    message = "no model is called {model!r}. Known models: {known}."
+
+
+class StorageNotPrepared(MsmError):
+    message = "these tables are missing: {tables}. Run `msm-ray prepare` (it creates and upgrades tables; nothing else does)."
+
+
+class StorageMismatch(MsmError):
+    message = "table {table} differs from its declaration: {differences}. Run `msm-ray prepare`, or move the table out of the way."
+
+
+class RowNotFound(MsmError):
+    message = "no {model} row has {key}."
+
+
+class InvalidRow(MsmError):
+    message = "{model}: {why}."
+
+
+class ProgressConflict(MsmError):
+    """The epochs moved between claim and commit: everything was rolled back; computing again from the new state is right."""
+
+    message = "progress of {count} node(s) was moved by another run: {nodes}. Nothing was written."
+    retryable = True
+
+
+# -- sources, calendars, inputs ---------------------------------------------------------------------------------------
+
+
+class SourceNotRegistered(MsmError):
+    message = "no storage is registered as {source!r} in the catalogue. Known: {known}. Register it, or correct the price source."
+
+
+class SourceUnusable(MsmError):
+    message = "price source {source}: {why}."
+
+
+class CalendarNotFound(MsmError):
+    message = (
+        "calendar {calendar!r} is neither a stored calendar (unique_identifier, source_identifier) nor a pandas-market-calendars name. "
+        "Create it with Calendar.create_from_pandas_calendar(...) or in the calendars section of the fleet file."
+    )
+
+
+class CalendarRangeError(MsmError):
+    message = (
+        "calendar {calendar} covers {valid_from}..{valid_to}, but {needed} is needed ({why}). Extend it with create_from_pandas_calendar."
+    )
+
+
+class EmptySchedule(MsmError):
+    message = "calendar {calendar} has no session in {start}..{end}. Materialise its sessions with create_from_pandas_calendar."
+
+
+class UnknownAssets(MsmError):
+    message = "{owner}: {assets} not registered as assets. Register them (Asset.upsert), or remove them from the signal."
+
+
+class MissingPrices(MsmError):
+    """Assets that a portfolio needs and for which the source has no bar at all."""
+
+    message = "{portfolio}: {source} has no {column} for {assets}. Load them, or remove them from the signal."
+
+
+class MissingPrice(MsmError):
+    """One needed cell has no bar that is fresh enough."""
+
+    message = (
+        "{portfolio}: no {column} of {asset} at {time} (last bar {last}, maximum_staleness {staleness}). "
+        "Load the bar, or widen price_alignment_policy."
+    )
+
+
+class InvalidPrice(MsmError):
+    message = "{portfolio}: {column} of {asset} at {time} is {value}; a price must be finite and above 0. Correct the source."
+
+
+class InvalidWeight(MsmError):
+    message = "{owner}: weight of {asset} at {time} is {value}; a weight must be finite. Correct the signal."
+
+
+class InvalidValue(MsmError):
+    message = (
+        "{portfolio}: the value at {time} is {value}; it must be finite and above 0. Check leverage, prices and fees around that session."
+    )
+
+
+class ScopeUndetermined(MsmError):
+    message = "{portfolio}: the signal names no assets, so the assets that bound its window are unknown. Give the signal a universe."
+
+
+class InvalidFrame(MsmError):
+    message = "{what}: {why}."
+
+
+# -- driver -------------------------------------------------------------------------------------------------------------
+
+
+class CyclicPlan(MsmError):
+    message = "the plan has a cycle: {cycle}. Break it: no portfolio may depend on itself."
+
+
+class RayUnavailable(MsmError):
+    message = "Ray did not start: {why}. {remedy}"
+
+
+class TaskTimedOut(MsmError):
+    message = "the task did not finish within {seconds} s. Raise --task-timeout or lower --batch-size."
+
+
+class WorkerLost(MsmError):
+    message = "the worker was lost: {why}. Run `msm-ray retry`; lower --batch-size if memory was the cause."
+
+
+class StaleCode(MsmError):
+    message = "the worker runs code version {worker}, the driver {driver}. Give every node the same installation."
+
+
+class RunNotFound(MsmError):
+    message = "no run {run!r} in the ledger. `msm-ray status` lists the recent ones."
+
+
+class DependencyFailed(MsmError):
+    message = "skipped: {upstream} failed. Repair that first, then `msm-ray retry`."
+
+
+class NodeFailed(MsmError):
+    """An error that msm did not foresee, told by its type and text."""
+
+    message = "{type}: {text}"

@@ -1,0 +1,59 @@
+"""Time and number helpers that everything pure stands on: UTC microsecond arrays, frequencies, and the one ordered sum.
+
+Times inside the core are numpy `datetime64[us]` arrays and mean UTC; Postgres keeps microseconds too, so nothing is rounded.
+"""
+
+import re
+from datetime import UTC, datetime, timedelta
+
+import numpy as np
+import pandas as pd
+
+from msm_core.errors import ConfigurationError, NaiveTimestamp
+
+Times = np.ndarray  # datetime64[us], UTC
+Floats = np.ndarray  # float64
+
+DAY = np.timedelta64(1, "D")
+NEVER = np.datetime64("NaT", "us")
+
+
+def ordered_sum(values: Floats) -> Floats:
+    """Sum over the last axis, strictly left to right, shape (..., N) -> (...).
+
+    The only sum over assets allowed on a persisted path: numpy's `.sum` is pairwise and its bits depend on shape and memory order,
+    a dot product's on the BLAS. `accumulate` defines every partial sum, so it is sequential whatever the batch.
+    Source: design.md section 8, rule 2.
+    """
+    if values.shape[-1] == 0:
+        return np.zeros(values.shape[:-1])
+    return np.add.accumulate(values, axis=-1)[..., -1]
+
+
+def utc(value: datetime | pd.Timestamp, what: str) -> np.datetime64:
+    """A time-zone aware instant as UTC microseconds. Raises NaiveTimestamp."""
+    if value.tzinfo is None:
+        raise NaiveTimestamp(what=what, value=value.isoformat())
+    return np.datetime64(value.astimezone(UTC).replace(tzinfo=None), "us")
+
+
+def to_datetime(time: np.datetime64) -> datetime:
+    """UTC microseconds as an aware datetime."""
+    return time.astype("datetime64[us]").item().replace(tzinfo=UTC)
+
+
+def iso(time: np.datetime64 | None) -> str:
+    """`2026-11-20 21:00Z`, for errors and tables; `never` for no time."""
+    if time is None or np.isnat(time):
+        return "never"
+    value = to_datetime(time)
+    return value.strftime("%Y-%m-%d %H:%M:%SZ") if value.second or value.microsecond else value.strftime("%Y-%m-%d %H:%MZ")
+
+
+def parse_frequency(frequency: str) -> timedelta:
+    """`1d`, `5m`, `1h` as a length of time. Raises ConfigurationError."""
+    match = re.fullmatch(r"([1-9]\d*)([mhd])", frequency)
+    if not match:
+        raise ConfigurationError(problems=f"frequency {frequency!r} is not of the form 5m, 1h or 1d")
+    unit = {"m": "minutes", "h": "hours", "d": "days"}[match[2]]
+    return timedelta(**{unit: int(match[1])})

@@ -1,0 +1,114 @@
+"""The static time-indexed storages. Their catalogue rows are written by `prepare`."""
+
+from datetime import datetime
+
+from sqlalchemy import Boolean, CheckConstraint, Float
+from sqlalchemy.orm import Mapped, MappedColumn
+
+from msm_core.models.base import Identifier, StorageTable, column, instant
+
+FINITE = "{0} > '-Infinity' AND {0} < 'Infinity'"  # NaN sorts above Infinity in Postgres, so this refuses it too
+POSITIVE = "{0} > 0 AND {0} < 'Infinity'"
+
+
+def _time_index(comment: str) -> MappedColumn[datetime]:
+    return instant(comment, primary_key=True)
+
+
+def _key(comment: str) -> MappedColumn[str]:
+    return column(Identifier(), comment, primary_key=True)
+
+
+def _number(comment: str, name: str | None = None, nullable: bool = True) -> MappedColumn[float | None]:
+    return column(Float(53), comment, name=name, nullable=nullable)
+
+
+class ExternalPricesStorage(StorageTable):
+    """Price bars published by anyone. Kept physically by (asset, time), as they are read."""
+
+    __concept__ = "ExternalPrices"
+    __storage_kind__ = "prices"
+    __scope__ = "asset_identifier"
+    __cadence__ = "1d"
+    asset_identifier: Mapped[str] = _key("Asset.unique_identifier")
+    time_index: Mapped[datetime] = _time_index("end of the bar, UTC")
+    open_time: Mapped[datetime | None] = instant("start of the bar, UTC")
+    open: Mapped[float | None] = _number("first price")
+    high: Mapped[float | None] = _number("highest price")
+    low: Mapped[float | None] = _number("lowest price")
+    close: Mapped[float | None] = _number("last price")
+    volume: Mapped[float | None] = _number("traded quantity, in the same share unit as the price")
+    trade_count: Mapped[float | None] = _number("number of trades")
+    vwap: Mapped[float | None] = _number("volume-weighted average price")
+    interpolated: Mapped[bool | None] = column(Boolean, "made by an interpolation policy, not observed")
+
+
+class SignalWeightsStorage(StorageTable):
+    """Complete allocation vectors: an asset absent from a vector has target 0."""
+
+    __concept__ = "SignalWeights"
+    __storage_kind__ = "signal_weights"
+    __scope__ = "signal_uid"
+    __table_args__ = (CheckConstraint(FINITE.format("signal_weight"), name="finite"),)
+    signal_uid: Mapped[str] = _key("identity of the signal")
+    time_index: Mapped[datetime] = _time_index("emission: the vector is known from here on, UTC")
+    asset_identifier: Mapped[str] = _key("Asset.unique_identifier")
+    signal_weight: Mapped[float] = _number("target weight; negative is short", nullable=False)
+
+
+class PortfolioWeightsStorage(StorageTable):
+    """One complete vector per event at which something traded; nothing between events."""
+
+    __concept__ = "PortfolioWeights"
+    __storage_kind__ = "portfolio_weights"
+    __scope__ = "portfolio_identifier"
+    __table_args__ = (CheckConstraint(FINITE.format("weight") + " AND " + FINITE.format("weight_before"), name="finite"),)
+    portfolio_identifier: Mapped[str] = _key("Portfolio.unique_identifier")
+    time_index: Mapped[datetime] = _time_index("the event, UTC")
+    asset_identifier: Mapped[str] = _key("Asset.unique_identifier")
+    weight: Mapped[float] = _number("weight after the trade; 0 = sold", nullable=False)
+    weight_before: Mapped[float] = _number("weight before the trade", nullable=False)
+    price_current: Mapped[float | None] = _number("price traded at")
+    price_before: Mapped[float | None] = _number("price at the event that struck the position; null where there was none")
+    volume_current: Mapped[float | None] = _number("volume of the bar; null where the source has none")
+    volume_before: Mapped[float | None] = _number("volume at the event that struck the position")
+
+
+class PortfoliosStorage(StorageTable):
+    """One row per valuation time."""
+
+    __concept__ = "Portfolios"
+    __storage_kind__ = "portfolios"
+    __scope__ = "portfolio_identifier"
+    __table_args__ = (CheckConstraint(POSITIVE.format("close") + " AND " + POSITIVE.format("calculated_close"), name="positive"),)
+    portfolio_identifier: Mapped[str] = _key("Portfolio.unique_identifier")
+    time_index: Mapped[datetime] = _time_index("valuation time: a session close, UTC")
+    close: Mapped[float] = _number("published value; starts from 1.0 before the first purchase", nullable=False)
+    return_: Mapped[float] = _number("close / previous close - 1, fees included", "return", nullable=False)
+    calculated_close: Mapped[float] = _number(
+        "computed value, on which the recursion runs; differs from close under an override asset", nullable=False
+    )
+    close_time: Mapped[datetime] = instant("the same instant as time_index", nullable=False)
+
+
+class PortfolioIndexValuesStorage(StorageTable):
+    """Optional publication of a portfolio's values under an index."""
+
+    __concept__ = "PortfolioIndexValues"
+    __storage_kind__ = "portfolio_index"
+    __scope__ = "portfolio_index_identifier"
+    __table_args__ = (CheckConstraint(POSITIVE.format("close"), name="positive"),)
+    portfolio_index_identifier: Mapped[str] = _key("Index.unique_identifier")
+    time_index: Mapped[datetime] = _time_index("valuation time, UTC")
+    close: Mapped[float] = _number("published value", nullable=False)
+    return_: Mapped[float] = _number("close / previous close - 1", "return", nullable=False)
+    close_time: Mapped[datetime] = instant("the same instant as time_index", nullable=False)
+
+
+STORAGES: tuple[type[StorageTable], ...] = (
+    ExternalPricesStorage,
+    SignalWeightsStorage,
+    PortfolioWeightsStorage,
+    PortfoliosStorage,
+    PortfolioIndexValuesStorage,
+)
