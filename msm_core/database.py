@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote, unquote
 
+import psycopg
 from sqlalchemy import URL, Connection, Engine, create_engine, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
@@ -147,10 +148,11 @@ def exported_snapshot(engine: Engine) -> Iterator[str]:
 
 
 def sqlstate(error: BaseException) -> str:
-    """SQLSTATE of a database error, empty for any other; a broken connection counts as 08006."""
-    if not isinstance(error, DBAPIError):
+    """SQLSTATE of a database error, empty for any other; a connection that broke without one counts as 08006."""
+    cause = error.orig if isinstance(error, DBAPIError) else error
+    if not isinstance(cause, psycopg.Error):
         return ""
-    return str(getattr(error.orig, "sqlstate", None) or ("08006" if error.connection_invalidated else ""))
+    return cause.sqlstate or ("08006" if isinstance(cause, psycopg.OperationalError) else "")
 
 
 def is_transient(error: BaseException) -> bool:

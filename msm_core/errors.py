@@ -185,8 +185,16 @@ class ScopeUndetermined(MsmError):
     message = "{portfolio}: the signal names no assets, so the assets that bound its window are unknown. Give the signal a universe."
 
 
+class StateLost(MsmError):
+    message = "{portfolio}: progress says {watermark}, but the stored rows do not reach it. Compute it afresh with --full-refresh."
+
+
 class InvalidFrame(MsmError):
     message = "{what}: {why}."
+
+
+class IndexTaken(MsmError):
+    message = "index {index} would be published by both {first} and {second}. Give each portfolio its own index."
 
 
 # -- driver -------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ Times inside the core are numpy `datetime64[us]` arrays and mean UTC; Postgres k
 """
 
 import re
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
@@ -16,6 +17,38 @@ Floats = np.ndarray  # float64
 
 DAY = np.timedelta64(1, "D")
 NEVER = np.datetime64("NaT", "us")
+
+
+@dataclass(frozen=True)
+class Series:
+    """Bars of one asset in time order: times (B,), values (B,) of the price column as stored, volumes (B,) NaN where unknown."""
+
+    times: Times
+    values: Floats
+    volumes: Floats
+
+
+@dataclass(frozen=True)
+class SignalRows:
+    """Stored rows of one signal in key order: times (R,), assets (R,), weights (R,)."""
+
+    times: Times
+    assets: list[str]
+    weights: Floats
+
+
+@dataclass(frozen=True)
+class LastTrade:
+    """The last stored weights vector of a portfolio, struck at `time`; NaN where a number is null."""
+
+    time: np.datetime64
+    assets: tuple[str, ...]
+    weights: Floats
+    prices: Floats
+    volumes: Floats
+
+    def held(self) -> tuple[str, ...]:
+        return tuple(a for a, w in zip(self.assets, self.weights, strict=True) if w != 0)
 
 
 def ordered_sum(values: Floats) -> Floats:

@@ -12,12 +12,12 @@ import uuid
 from collections.abc import Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta
 from enum import Enum
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from msm_core.errors import InvalidNamespace, NotCanonical
+from msm_core.errors import InvalidNamespace, NotCanonical, UnknownKind
 from msm_core.settings import Settings
 
 IDENTITY_VERSION = 1  # bump only with a migration: every stored uid depends on it
@@ -86,7 +86,33 @@ class Spec(BaseModel):
 
     @property
     def uid(self) -> str:
-        return identity(self.model_dump())
+        """Absent options are left out, so a later optional field does not rename everything that exists."""
+        return identity(self.model_dump(exclude_none=True))
+
+
+S = TypeVar("S", bound=Spec)
+
+
+class Kinds(Generic[S]):
+    """The registry of one family of specs: `kind` -> class. A configuration chooses by name; nothing is ever imported from it."""
+
+    def __init__(self, family: str) -> None:
+        self.family = family
+        self.classes: dict[str, type[S]] = {}
+
+    def register(self, cls: type[S]) -> type[S]:
+        """Class decorator. The class's `kind` must be a Literal with a default."""
+        self.classes[str(cls.model_fields["kind"].default)] = cls
+        return cls
+
+    def parse(self, value: Any) -> Any:
+        """Plain data as an instance of the class that its `kind` names; instances pass. Raises UnknownKind, or pydantic's errors."""
+        if not isinstance(value, Mapping):
+            return value
+        cls = self.classes.get(str(value.get("kind")))
+        if cls is None:
+            raise UnknownKind(family=self.family, kind=value.get("kind"), known=", ".join(sorted(self.classes)))
+        return cls.model_validate(value)
 
 
 # -- namespace -----------------------------------------------------------------------------------------------------------

@@ -2,12 +2,11 @@
 
 import re
 import uuid
-from datetime import datetime
 from typing import Any, ClassVar
 
 from sqlalchemy import DateTime, MetaData, String, Uuid
 from sqlalchemy.dialects.postgresql import JSONB
-from sqlalchemy.orm import DeclarativeBase, Mapped, MappedColumn, declared_attr, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, MappedColumn, mapped_column
 from sqlalchemy.types import TypeEngine
 
 from msm_core.identity import current_namespace, logical_identifier, physical_name, storage_uid
@@ -37,7 +36,7 @@ def column(type_: TypeEngine[Any] | type[TypeEngine[Any]], comment: str, *args: 
     return mapped_column(type_, *args, comment=comment, **options)
 
 
-def instant(comment: str, **options: Any) -> MappedColumn[datetime]:
+def instant(comment: str, **options: Any) -> MappedColumn[Any]:
     return column(DateTime(timezone=True), comment, **options)
 
 
@@ -51,13 +50,13 @@ class MetaTable(DeclarativeBase):
     metadata = MetaData(naming_convention=NAMING)
     __concept__: ClassVar[str]
 
-    @declared_attr.directive
-    def __tablename__(cls) -> str:
-        snake = re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__concept__).lower()
-        return physical_name(snake, LOADED_NAMESPACE)
+    def __init_subclass__(cls, **options: Any) -> None:
+        if "__concept__" in cls.__dict__:
+            cls.__tablename__ = physical_name(re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__concept__).lower(), LOADED_NAMESPACE)
+        super().__init_subclass__(**options)
 
     @classmethod
-    def identifier(cls) -> str:
+    def logical_name(cls) -> str:
         """The logical identifier: `Asset`, or `ns.Asset` in a namespace."""
         return logical_identifier(cls.__concept__, LOADED_NAMESPACE)
 
@@ -83,14 +82,14 @@ class StorageTable(MetaTable):
     __cadence__: ClassVar[str | None] = None
 
     @classmethod
-    def identifier(cls) -> str:
+    def logical_name(cls) -> str:
         """The logical identifier in the catalogue: `ExternalPricesTS`."""
         return logical_identifier(f"{cls.__concept__}TS", LOADED_NAMESPACE)
 
     @classmethod
     def storage_uid(cls) -> uuid.UUID:
-        return storage_uid(cls.identifier())
+        return storage_uid(cls.logical_name())
 
     @classmethod
     def key_columns(cls) -> tuple[str, ...]:
-        return tuple(c.name for c in cls.__table__.primary_key.columns)
+        return tuple(c.name for c in cls.__table__.primary_key)

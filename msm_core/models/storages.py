@@ -1,6 +1,7 @@
 """The static time-indexed storages. Their catalogue rows are written by `prepare`."""
 
 from datetime import datetime
+from typing import Any
 
 from sqlalchemy import Boolean, CheckConstraint, Float
 from sqlalchemy.orm import Mapped, MappedColumn
@@ -19,7 +20,7 @@ def _key(comment: str) -> MappedColumn[str]:
     return column(Identifier(), comment, primary_key=True)
 
 
-def _number(comment: str, name: str | None = None, nullable: bool = True) -> MappedColumn[float | None]:
+def _number(comment: str, name: str | None = None, nullable: bool = True) -> MappedColumn[Any]:
     return column(Float(53), comment, name=name, nullable=nullable)
 
 

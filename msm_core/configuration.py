@@ -1,0 +1,180 @@
+"""The documented nested models of one portfolio, declarations only; flat properties on the top one hide the nesting.
+
+Everything under `portfolio_build_configuration` changes numbers and is identity; `portfolio_markets_configuration` describes.
+"""
+
+from datetime import date, timedelta
+from enum import StrEnum
+from functools import cached_property
+from typing import Annotated, Any, Literal
+from uuid import UUID
+
+from pydantic import BeforeValidator, ConfigDict, Field, SerializeAsAny, field_validator
+
+from msm_core.frames import parse_frequency
+from msm_core.identity import Kinds, Spec, identity
+from msm_core.rebalance_strategy import REBALANCE_STRATEGIES, RebalanceStrategy
+from msm_core.signals import SIGNALS, Signal
+from msm_core.valuation import WeightAccounting
+
+
+class PriceTypeNames(StrEnum):
+    OPEN = "open"
+    HIGH = "high"
+    LOW = "low"
+    CLOSE = "close"
+    VWAP = "vwap"
+
+
+class PriceSource(Spec):
+    """Any node that exposes price rows keyed by (time_index, asset_identifier); only where they are, never who wrote them."""
+
+    @property
+    def source_uid(self) -> UUID:
+        """Catalogue uid of the storage that is read."""
+        raise NotImplementedError
+
+
+PRICE_SOURCES: Kinds[PriceSource] = Kinds("price source")
+
+AnySignal = Annotated[SerializeAsAny[Signal], BeforeValidator(SIGNALS.parse)]
+AnyRebalanceStrategy = Annotated[SerializeAsAny[RebalanceStrategy], BeforeValidator(REBALANCE_STRATEGIES.parse)]
+AnyPriceSource = Annotated[SerializeAsAny[PriceSource], BeforeValidator(PRICE_SOURCES.parse)]
+
+
+class PortfolioExecutionConfiguration(Spec):
+    """What trading costs and how weights are accounted for.
+
+    commission_fee     fraction of traded value, 0.00018 = 1.8 basis points
+    weight_accounting  drifted: self-financing; target: constant mix, re-set at every valuation time
+    """
+
+    kind: Literal["execution"] = "execution"
+    commission_fee: float = Field(default=0.00018, ge=0, lt=1)
+    weight_accounting: WeightAccounting = "drifted"
+
+
+class PriceAlignmentPolicy(Spec):
+    """Which bar prices an asset at a valuation time.
+
+    maximum_staleness  the last bar at or before t counts if it is at most this old; 0 = a bar at t itself
+    missing            fail: an unusable price (NaN, 0, negative, infinite) fails the portfolio;
+                       hold: it counts as no bar, so the last good one is held, within the staleness
+    """
+
+    kind: Literal["price_alignment"] = "price_alignment"
+    missing: Literal["fail", "hold"] = "fail"
+    maximum_staleness: timedelta = Field(default=timedelta(0), ge=timedelta(0))
+
+
+class BacktestingWeightsConfig(Spec):
+    kind: Literal["backtesting_weights"] = "backtesting_weights"
+    signal_weights_instance: AnySignal
+    rebalance_strategy_instance: AnyRebalanceStrategy
+
+
+class PortfolioBuildConfiguration(Spec):
+    """Everything that changes the numbers of a portfolio.
+
+    price_column                column of the source that drives returns
+    portfolio_prices_frequency  1d: valued at session closes; 5m, 1h: on that grid inside sessions, and at the close
+    start_date                  first local date on which it may trade; without one, the first session at which every asset of its
+                                first target has a price
+    """
+
+    kind: Literal["portfolio_build"] = "portfolio_build"
+    price_source_instance: AnyPriceSource
+    price_column: str = Field(default=PriceTypeNames.CLOSE, min_length=1, max_length=63)
+    portfolio_prices_frequency: str = "1d"
+    start_date: date | None = None
+    price_alignment_policy: PriceAlignmentPolicy = PriceAlignmentPolicy()
+    execution_configuration: PortfolioExecutionConfiguration = PortfolioExecutionConfiguration()
+    backtesting_weights_configuration: BacktestingWeightsConfig
+
+    @field_validator("price_column", mode="before")
+    @classmethod
+    def _plain_text(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, StrEnum) else value
+
+    @field_validator("portfolio_prices_frequency")
+    @classmethod
+    def _one_day_at_most(cls, value: str) -> str:
+        if parse_frequency(value) > timedelta(days=1):
+            raise ValueError("portfolio_prices_frequency is 1d at most")
+        return value
+
+
+class PortfolioMarketsConfig(Spec):
+    """What the portfolio is called and how it is presented; never part of the configuration hash."""
+
+    kind: Literal["portfolio_markets"] = "portfolio_markets"
+    portfolio_identifier: str = Field(min_length=1, max_length=255)
+    portfolio_name: str | None = None
+    description: str | None = None
+    tags: tuple[str, ...] = ()
+    portfolio_index_identifier: str | None = None
+    signal_name: str | None = None
+
+
+class PortfolioConfiguration(Spec):
+    """One portfolio, whole."""
+
+    model_config = ConfigDict(ignored_types=(cached_property,))
+
+    kind: Literal["portfolio"] = "portfolio"
+    portfolio_build_configuration: PortfolioBuildConfiguration
+    portfolio_markets_configuration: PortfolioMarketsConfig
+
+    @cached_property
+    def configuration_hash(self) -> str:
+        """Identity of what changes numbers: renaming a portfolio does not change it."""
+        build = self.portfolio_build_configuration.model_dump(exclude_none=True)
+        return identity({"kind": self.kind, "portfolio_build_configuration": build})
+
+    @property
+    def uid(self) -> str:
+        return self.configuration_hash
+
+    @property
+    def identifier(self) -> str:
+        return self.portfolio_markets_configuration.portfolio_identifier
+
+    @property
+    def index_identifier(self) -> str | None:
+        return self.portfolio_markets_configuration.portfolio_index_identifier
+
+    @property
+    def signal(self) -> Signal:
+        return self.portfolio_build_configuration.backtesting_weights_configuration.signal_weights_instance
+
+    @cached_property
+    def signal_uid(self) -> str:
+        return self.signal.uid
+
+    @property
+    def rebalance(self) -> RebalanceStrategy:
+        return self.portfolio_build_configuration.backtesting_weights_configuration.rebalance_strategy_instance
+
+    @property
+    def price_source(self) -> PriceSource:
+        return self.portfolio_build_configuration.price_source_instance
+
+    @property
+    def price_column(self) -> str:
+        return self.portfolio_build_configuration.price_column
+
+    @property
+    def frequency(self) -> timedelta:
+        return parse_frequency(self.portfolio_build_configuration.portfolio_prices_frequency)
+
+    @property
+    def start_date(self) -> date | None:
+        return self.portfolio_build_configuration.start_date
+
+    @property
+    def alignment(self) -> PriceAlignmentPolicy:
+        return self.portfolio_build_configuration.price_alignment_policy
+
+    @property
+    def execution(self) -> PortfolioExecutionConfiguration:
+        return self.portfolio_build_configuration.execution_configuration

@@ -1,0 +1,365 @@
+"""Portfolio nodes: weights and values of a portfolio are computed together and land in one transaction."""
+
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import NamedTuple
+
+import numpy as np
+from psycopg import sql
+from pydantic import AwareDatetime, BaseModel, ConfigDict
+from sqlalchemy import Connection
+
+from msm_core.configuration import PortfolioConfiguration, PriceAlignmentPolicy, PriceSource
+from msm_core.construction import Construction, Market, State, align, construct, required_assets, window_end
+from msm_core.copying import Block, Text, execute
+from msm_core.data_nodes.base import input_digest
+from msm_core.data_nodes.calendars import resolve_calendars
+from msm_core.data_nodes.signals import SignalWeights
+from msm_core.errors import MsmError, SourceNotRegistered, StateLost, UnknownAssets
+from msm_core.frames import LastTrade, Series, to_datetime, utc
+from msm_core.models import PortfolioIndexValuesStorage, PortfoliosStorage, PortfolioTable, PortfolioWeightsStorage, SignalWeightsStorage
+from msm_core.sessions import Sessions
+from msm_core.signals import Vectors
+from msm_core.storage import (
+    BEGINNING,
+    Advance,
+    ProgressRows,
+    Scope,
+    Source,
+    known_assets,
+    last_trades,
+    read_prices,
+    read_progress,
+    read_signal_weights,
+    read_sources,
+    read_values,
+)
+from msm_core.valuation import CODE_VERSION
+
+SESSION_DATE_MARGIN = timedelta(days=2)  # a bar labelled by its date is stamped at most this long before it becomes known
+
+
+class PortfoliosDataNode(BaseModel):
+    """The node that writes a portfolio's values to PortfoliosStorage and its weights to PortfolioWeightsStorage.
+
+    held            assets of the last stored weights vector with a weight
+    watermark, expected_epoch  progress that the plan saw; a node that has moved since is reported busy
+    replace         compute from scratch and replace everything that is stored, in one transaction
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    portfolio_configuration: PortfolioConfiguration
+    held: tuple[str, ...] = ()
+    watermark: AwareDatetime | None = None
+    replace: bool = False
+    expected_epoch: int | None = None
+
+    @property
+    def identifier(self) -> str:
+        return self.portfolio_configuration.identifier
+
+    @property
+    def scopes(self) -> tuple[Scope, ...]:
+        return portfolio_scopes(self.portfolio_configuration)
+
+    def dependencies(self) -> dict[str, SignalWeights | PriceSource]:
+        """Exactly the signal node and the explicit price source."""
+        signal = SignalWeights(signal_weights_instance=self.portfolio_configuration.signal)
+        return {"signal_weights": signal, "price_source": self.portfolio_configuration.price_source}
+
+    @property
+    def since(self) -> datetime | None:
+        """Start of its window: its own watermark, never another portfolio's; None = from scratch."""
+        return None if self.replace else self.watermark
+
+    @property
+    def assets(self) -> tuple[str, ...]:
+        return required_assets(self.portfolio_configuration, () if self.replace else self.held)
+
+
+def portfolio_scopes(configuration: PortfolioConfiguration) -> tuple[Scope, ...]:
+    """Progress rows that one portfolio moves together: values first, weights, and its index publication if it has one."""
+    scopes = [Scope(PortfoliosStorage, configuration.identifier), Scope(PortfolioWeightsStorage, configuration.identifier)]
+    if configuration.index_identifier:
+        scopes.append(Scope(PortfolioIndexValuesStorage, configuration.index_identifier))
+    return tuple(scopes)
+
+
+class MarketKey(NamedTuple):
+    """Portfolios with the same key share one aligned block of prices."""
+
+    source_uid: uuid.UUID
+    column: str
+    calendar_key: str
+    frequency: timedelta
+    policy: PriceAlignmentPolicy
+
+    @classmethod
+    def of(cls, configuration: PortfolioConfiguration) -> "MarketKey":
+        return cls(
+            configuration.price_source.source_uid,
+            configuration.price_column,
+            configuration.rebalance.calendar_key,
+            configuration.frequency,
+            configuration.alignment,
+        )
+
+
+@dataclass(frozen=True)
+class Outside:
+    """Inputs that belong to others; a market that could not be built holds the error instead, for the portfolios that need it."""
+
+    markets: Mapping[MarketKey, Market | MsmError]
+    assets: set[str]
+
+
+@dataclass(frozen=True)
+class Inside:
+    """Inputs that this system wrote, read in the claiming transaction."""
+
+    vectors: Mapping[str, Vectors]
+    signal_progress: Mapping[str, datetime | None]
+    states: Mapping[str, State]
+
+
+@dataclass(frozen=True)
+class PortfolioKind:
+    """How a batch of portfolios is brought up to date."""
+
+    name: str = "portfolio"
+
+    def read_outside(self, connection: Connection, nodes: Sequence[PortfoliosDataNode], as_of: datetime) -> Outside:
+        assets = known_assets(connection, {a for node in nodes for a in node.assets})
+        sources = read_sources(connection, {node.portfolio_configuration.price_source.source_uid for node in nodes})
+        keys = {node.portfolio_configuration.rebalance.calendar_key for node in nodes}
+        calendars = resolve_calendars(connection, keys, as_of)
+        prices = _read_prices(connection, nodes, sources, as_of)
+        groups: dict[MarketKey, list[PortfoliosDataNode]] = {}
+        for node in nodes:
+            groups.setdefault(MarketKey.of(node.portfolio_configuration), []).append(node)
+        markets = {key: _market(key, group, sources, calendars, prices, as_of) for key, group in groups.items()}
+        return Outside(markets, assets)
+
+    def read_inside(self, connection: Connection, nodes: Sequence[PortfoliosDataNode], progress: ProgressRows, outside: Outside) -> Inside:
+        signals = sorted({node.portfolio_configuration.signal_uid for node in nodes})
+        since = min((_vectors_since(node, outside) for node in nodes), default=BEGINNING)
+        rows = read_signal_weights(connection, signals, since, _latest(nodes, outside))
+        scopes = {uid: Scope(SignalWeightsStorage, uid) for uid in signals}
+        moved = read_progress(connection, [scope.uid for scope in scopes.values()])
+        return Inside(
+            vectors={uid: Vectors.from_rows(r) for uid, r in rows.items()},
+            signal_progress={uid: moved[s.uid].watermark if s.uid in moved else None for uid, s in scopes.items()},
+            states=_read_states(connection, nodes),
+        )
+
+    def update(self, node: PortfoliosDataNode, progress: ProgressRows, outside: Outside, inside: Inside, as_of: datetime) -> list[Advance]:
+        configuration = node.portfolio_configuration
+        unknown = [a for a in node.assets if a not in outside.assets]
+        if unknown:
+            raise UnknownAssets(owner=node.identifier, assets=", ".join(unknown))
+        market = outside.markets[MarketKey.of(configuration)]
+        if isinstance(market, MsmError):
+            raise market
+        vectors = inside.vectors.get(configuration.signal_uid)
+        if vectors is None:
+            return []  # the signal has not emitted anything yet
+        state = inside.states.get(node.identifier)
+        if node.since is not None and state is None:
+            raise StateLost(portfolio=node.identifier, watermark=node.since.isoformat())
+        end = window_end(configuration, market, state, utc(as_of, "as_of"), _signal_end(configuration, inside))
+        if state is not None and end <= state.watermark:
+            return []
+        construction = construct(configuration, market, vectors, state, end)
+        return _advances(node, progress, construction) if construction else []
+
+    def finish(self, connection: Connection, nodes: Sequence[PortfoliosDataNode]) -> None:
+        """The Portfolio rows get their producer pointers last."""
+        statement = sql.SQL("""
+            UPDATE {table} p SET portfolio_data_node_uid = x.v, portfolio_weights_data_node_uid = x.w, signal_weights_data_node_uid = x.s
+            FROM unnest(%(ids)s::text[], %(values)s::uuid[], %(weights)s::uuid[], %(signals)s::uuid[]) x(id, v, w, s)
+            WHERE p.unique_identifier = x.id
+              AND (p.portfolio_data_node_uid, p.portfolio_weights_data_node_uid, p.signal_weights_data_node_uid)
+                  IS DISTINCT FROM (x.v, x.w, x.s)
+        """).format(table=sql.Identifier(PortfolioTable.__tablename__))
+        pointers = {
+            "ids": [node.identifier for node in nodes],
+            "values": [node.scopes[0].uid for node in nodes],
+            "weights": [node.scopes[1].uid for node in nodes],
+            "signals": [Scope(SignalWeightsStorage, node.portfolio_configuration.signal_uid).uid for node in nodes],
+        }
+        execute(connection, statement, pointers)
+
+
+# -- reading ------------------------------------------------------------------------------------------------------------------
+
+PriceKey = tuple[uuid.UUID, str]
+
+
+def _read_prices(
+    connection: Connection, nodes: Sequence[PortfoliosDataNode], sources: Mapping[uuid.UUID, Source], as_of: datetime
+) -> dict[PriceKey, dict[str, Series] | MsmError]:
+    """Bars per (source, column), one statement each, whatever the number of portfolios."""
+    groups: dict[PriceKey, list[PortfoliosDataNode]] = {}
+    for node in nodes:
+        configuration = node.portfolio_configuration
+        groups.setdefault((configuration.price_source.source_uid, configuration.price_column), []).append(node)
+    prices: dict[PriceKey, dict[str, Series] | MsmError] = {}
+    for (uid, column), group in groups.items():
+        if uid not in sources:
+            prices[uid, column] = SourceNotRegistered(source=str(uid), known=", ".join(s.identifier for s in sources.values()) or "none")
+            continue
+        assets = sorted({a for node in group for a in node.assets})
+        try:
+            prices[uid, column] = read_prices(connection, sources[uid], column, assets, _bars_since(group, sources[uid]), as_of)
+        except MsmError as error:
+            prices[uid, column] = error
+    return prices
+
+
+def _bars_since(nodes: Sequence[PortfoliosDataNode], source: Source) -> datetime | None:
+    """Time of the oldest bar that any of the nodes may need: at its watermark, or as much earlier as staleness allows."""
+    margin = SESSION_DATE_MARGIN if source.time_label == "session_date" else timedelta(0)
+    oldest: list[datetime] = []
+    for node in nodes:
+        start = node.since or _start_of(node.portfolio_configuration)
+        if start is None:
+            return None
+        oldest.append(start - node.portfolio_configuration.alignment.maximum_staleness - margin)
+    return min(oldest)
+
+
+def _start_of(configuration: PortfolioConfiguration) -> datetime | None:
+    """An instant safely before the configured start_date, in any time zone."""
+    if configuration.start_date is None:
+        return None
+    return datetime.combine(configuration.start_date, datetime.min.time(), BEGINNING.tzinfo) - timedelta(days=1)
+
+
+def _market(
+    key: MarketKey,
+    nodes: Sequence[PortfoliosDataNode],
+    sources: Mapping[uuid.UUID, Source],
+    calendars: Mapping[str, Sessions | MsmError],
+    prices: Mapping[PriceKey, dict[str, Series] | MsmError],
+    as_of: datetime,
+) -> Market | MsmError:
+    sessions, series = calendars[key.calendar_key], prices[key.source_uid, key.column]
+    for input_ in (series, sessions):
+        if isinstance(input_, MsmError):
+            return input_
+    assert isinstance(sessions, Sessions)
+    assert isinstance(series, dict)
+    assets = sorted({a for node in nodes for a in node.assets})
+    times = sessions.valuation_times(key.frequency)
+    first = min((bars.times[0] for a, bars in series.items() if a in set(assets)), default=utc(as_of, "as_of"))
+    watermarks = [utc(node.since, "watermark") for node in nodes if node.since]
+    begin = min([first, *watermarks])
+    grid = times[np.searchsorted(times, begin, "left") : np.searchsorted(times, utc(as_of, "as_of"), "right")]
+    source = sources[key.source_uid]
+    return align(series, assets, sessions, grid, key.policy, source.identifier, key.column, source.time_label)
+
+
+def _vectors_since(node: PortfoliosDataNode, outside: Outside) -> datetime:
+    """Instant at which the oldest decision that may still matter was taken; the vector valid there is read too.
+
+    A trade just after the watermark was decided `execution_lag` sessions earlier, and `signal_change` looks one session further back.
+    """
+    market = outside.markets[MarketKey.of(node.portfolio_configuration)]
+    if node.since is None or isinstance(market, MsmError):
+        return BEGINNING
+    closes = market.sessions.closes
+    session = int(np.searchsorted(closes, utc(node.since, "watermark"), "right")) - node.portfolio_configuration.rebalance.execution_lag - 2
+    return to_datetime(closes[session]) if session >= 0 else BEGINNING
+
+
+def _latest(nodes: Sequence[PortfoliosDataNode], outside: Outside) -> datetime:
+    """The newest valuation time of the batch; later vectors cannot matter."""
+    ends = [m.grid[-1] for m in outside.markets.values() if isinstance(m, Market) and len(m.grid)]
+    return to_datetime(max(ends)) if ends else BEGINNING
+
+
+def _read_states(connection: Connection, nodes: Sequence[PortfoliosDataNode]) -> dict[str, State]:
+    """Stored state per portfolio with a watermark; one whose rows do not support its watermark is absent."""
+    old = {node.identifier: utc(node.since, "watermark") for node in nodes if node.since is not None}
+    trades: dict[str, LastTrade] = last_trades(connection, list(old))
+    values = read_values(connection, [(i, t) for i, trade in trades.items() for t in (old[i], trade.time)])
+    return {
+        i: State(old[i], *values[i, old[i]], trade_value=values[i, trade.time][1], last_trade=trade)
+        for i, trade in trades.items()
+        if (i, old[i]) in values and (i, trade.time) in values
+    }
+
+
+def _signal_end(configuration: PortfolioConfiguration, inside: Inside) -> np.datetime64 | None:
+    """Last instant at which the signal's newest vector may still be valid; None = for ever. The bound itself is not valid."""
+    fill = configuration.signal.maximum_forward_fill
+    through = inside.signal_progress[configuration.signal_uid]
+    if fill is None or through is None:
+        return None
+    return utc(through, "signal progress") + fill - np.timedelta64(1, "us")
+
+
+# -- writing ------------------------------------------------------------------------------------------------------------------
+
+
+def _advances(node: PortfoliosDataNode, progress: ProgressRows, construction: Construction) -> list[Advance]:
+    bars = construction.bars
+    digest = input_digest(bars.assets, bars.times, bars.prices, bars.volumes, construction.trades.after)
+    blocks = [_values_block(node.identifier, construction), _weights_block(node.identifier, construction)]
+    if len(node.scopes) > len(blocks):
+        blocks.append(_index_block(node.scopes[-1].value, construction))
+    return [
+        Advance(
+            scope=scope,
+            epoch=progress[scope.uid].epoch,
+            watermark=to_datetime(construction.times[-1]),
+            row_count=rows + (0 if node.replace else progress[scope.uid].row_count),
+            configuration_hash=node.portfolio_configuration.configuration_hash,
+            code_version=CODE_VERSION,
+            input_digest=digest,
+            block=block if rows else None,
+            replace=node.replace,
+        )
+        for scope, (block, rows) in zip(node.scopes, blocks, strict=True)
+    ]
+
+
+def _values_block(identifier: str, construction: Construction) -> tuple[Block, int]:
+    rows = len(construction.times)
+    block = {
+        "portfolio_identifier": Text.constant(identifier, rows),
+        "time_index": construction.times,
+        "close": construction.close,
+        "return": construction.returns,
+        "calculated_close": construction.calculated_close,
+        "close_time": construction.times,
+    }
+    return block, rows
+
+
+def _weights_block(identifier: str, construction: Construction) -> tuple[Block, int]:
+    """One complete vector per trade: every asset held before or after it."""
+    trades, bars = construction.trades, construction.bars
+    trade, asset = np.nonzero((trades.after != 0) | (trades.before != 0))
+    row = trades.rows[trade]
+    block = {
+        "portfolio_identifier": Text.constant(identifier, len(trade)),
+        "time_index": bars.times[row],
+        "asset_identifier": Text(asset, construction.assets),
+        "weight": trades.after[trade, asset],
+        "weight_before": trades.before[trade, asset],
+        "price_current": bars.prices[row, asset],
+        "price_before": construction.prices_before[trade, asset],
+        "volume_current": bars.volumes[row, asset],
+        "volume_before": construction.volumes_before[trade, asset],
+    }
+    return block, len(trade)
+
+
+def _index_block(identifier: str, construction: Construction) -> tuple[Block, int]:
+    values, rows = _values_block(identifier, construction)
+    names = {"portfolio_identifier": "portfolio_index_identifier"}
+    return {names.get(name, name): column for name, column in values.items() if name != "calculated_close"}, rows

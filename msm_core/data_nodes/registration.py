@@ -1,0 +1,124 @@
+"""The identity rows that portfolios need before they can be computed, and their stored, versioned configurations."""
+
+from collections.abc import Sequence
+
+from psycopg import sql
+from sqlalchemy import Connection
+
+from msm_core.configuration import PortfolioConfiguration
+from msm_core.copying import fetch
+from msm_core.data_nodes.portfolios import portfolio_scopes
+from msm_core.errors import ConfigurationError, IndexTaken
+from msm_core.models import (
+    IndexTable,
+    PortfolioConfigurationTable,
+    PortfolioGroupMembershipTable,
+    PortfolioGroupTable,
+    PortfolioMetadataTable,
+    PortfolioTable,
+    RebalanceStrategyMetadataTable,
+    SignalMetadataTable,
+    SignalWeightsStorage,
+)
+from msm_core.rows import upsert_rows
+from msm_core.storage import Scope, ensure_progress, find_calendars
+
+
+def register_portfolios(connection: Connection, configurations: Sequence[PortfolioConfiguration]) -> int:
+    """Upsert what `configurations` need, in a fixed number of statements; returns how many configurations are new or changed.
+
+    A changed configuration becomes a new version beside the old ones. Only identity and description are written, never history.
+    Raises ConfigurationError for a portfolio given twice, IndexTaken for an index published by two.
+    """
+    _check_unique(configurations)
+    _upsert_metadata(connection, configurations)
+    portfolios = _upsert_portfolios(connection, configurations)
+    _upsert_groups(connection, configurations, portfolios)
+    ensure_progress(connection, [s for c in configurations for s in (*portfolio_scopes(c), Scope(SignalWeightsStorage, c.signal_uid))])
+    return _store_versions(connection, configurations, portfolios)
+
+
+def read_configurations(connection: Connection) -> list[PortfolioConfiguration]:
+    """The newest configuration of every stored portfolio, in order of identifier; all of them, whatever their number."""
+    statement = sql.SQL("""
+        SELECT DISTINCT ON (p.unique_identifier) c.configuration
+        FROM {configuration} c JOIN {portfolio} p ON p.uid = c.portfolio_uid
+        ORDER BY p.unique_identifier, c.version DESC
+    """).format(configuration=_name(PortfolioConfigurationTable), portfolio=_name(PortfolioTable))
+    return [PortfolioConfiguration.model_validate(document) for (document,) in fetch(connection, statement, {})]
+
+
+def _check_unique(configurations: Sequence[PortfolioConfiguration]) -> None:
+    identifiers: set[str] = set()
+    publishers: dict[str, str] = {}
+    for c in configurations:
+        if c.identifier in identifiers:
+            raise ConfigurationError(problems=f"portfolio {c.identifier} is configured twice")
+        identifiers.add(c.identifier)
+        if c.index_identifier and publishers.setdefault(c.index_identifier, c.identifier) != c.identifier:
+            raise IndexTaken(index=c.index_identifier, first=publishers[c.index_identifier], second=c.identifier)
+
+
+def _upsert_metadata(connection: Connection, configurations: Sequence[PortfolioConfiguration]) -> None:
+    signals = {c.signal_uid: c.portfolio_markets_configuration.signal_name or c.signal.explanation() for c in configurations}
+    rows = [{"signal_uid": uid, "signal_description": name} for uid, name in signals.items()]
+    upsert_rows(connection, SignalMetadataTable, rows, key=("signal_uid",))
+    strategies = {c.rebalance.uid: c.rebalance.model_dump(mode="json") for c in configurations}
+    rows = [{"rebalance_strategy_uid": uid, "configuration_json": dump} for uid, dump in strategies.items()]
+    upsert_rows(connection, RebalanceStrategyMetadataTable, rows, key=("rebalance_strategy_uid",))
+    described = [(c.identifier, c.portfolio_markets_configuration) for c in configurations]
+    rows = [
+        {"unique_identifier": i, "description": m.description or m.portfolio_name}
+        for i, m in described
+        if m.description or m.portfolio_name
+    ]
+    upsert_rows(connection, PortfolioMetadataTable, rows, key=("unique_identifier",))
+
+
+def _upsert_portfolios(connection: Connection, configurations: Sequence[PortfolioConfiguration]) -> dict[str, object]:
+    """Portfolio rows by identifier -> uid. The calendar is linked when it is stored and unambiguous."""
+    found = find_calendars(connection, {c.rebalance.calendar_key for c in configurations})
+    calendars = {key: matches[0][1] for key, matches in found.items() if len(matches) == 1}
+    names = sorted({c.index_identifier for c in configurations if c.index_identifier})
+    rows = [{"unique_identifier": name, "index_type": "portfolio", "display_name": name} for name in names]
+    stored = upsert_rows(connection, IndexTable, rows, key=("unique_identifier",), update=False)
+    indexes = {row["unique_identifier"]: row["uid"] for row in stored}
+    rows = []
+    for c in configurations:
+        row: dict[str, object] = {"unique_identifier": c.identifier, "backtest_table_price_column_name": c.price_column[:20]}
+        if calendar := calendars.get(c.rebalance.calendar_key):
+            row["calendar_uid"] = calendar
+        if c.index_identifier:
+            row["portfolio_index_uid"] = indexes[c.index_identifier]
+        rows.append(row)
+    return {r["unique_identifier"]: r["uid"] for r in upsert_rows(connection, PortfolioTable, rows, key=("unique_identifier",))}
+
+
+def _upsert_groups(connection: Connection, configurations: Sequence[PortfolioConfiguration], portfolios: dict[str, object]) -> None:
+    """A tag is a portfolio group."""
+    tags = {(tag, c.identifier) for c in configurations for tag in c.portfolio_markets_configuration.tags}
+    rows = [{"unique_identifier": tag} for tag in {tag for tag, _ in tags}]
+    groups = {r["unique_identifier"]: r["uid"] for r in upsert_rows(connection, PortfolioGroupTable, rows, key=("unique_identifier",))}
+    rows = [{"portfolio_group_uid": groups[tag], "portfolio_uid": portfolios[i]} for tag, i in sorted(tags)]
+    upsert_rows(connection, PortfolioGroupMembershipTable, rows, key=("portfolio_group_uid", "portfolio_uid"))
+
+
+def _store_versions(connection: Connection, configurations: Sequence[PortfolioConfiguration], portfolios: dict[str, object]) -> int:
+    statement = sql.SQL("""
+        SELECT DISTINCT ON (portfolio_uid) portfolio_uid, version, configuration FROM {table}
+        WHERE portfolio_uid = ANY(%(uids)s) ORDER BY portfolio_uid, version DESC
+    """).format(table=_name(PortfolioConfigurationTable))
+    newest = {uid: (version, stored) for uid, version, stored in fetch(connection, statement, {"uids": list(portfolios.values())})}
+    rows = []
+    for c in configurations:
+        uid, document = portfolios[c.identifier], c.model_dump(mode="json")
+        version, stored = newest.get(uid, (0, None))
+        if document != stored:
+            hashes = {"configuration_hash": c.configuration_hash, "signal_uid": c.signal_uid}
+            rows.append({"portfolio_uid": uid, "version": version + 1, "configuration": document, **hashes})
+    upsert_rows(connection, PortfolioConfigurationTable, rows, key=("portfolio_uid", "version"), update=False)
+    return len(rows)
+
+
+def _name(table: type) -> sql.Identifier:
+    return sql.Identifier(table.__tablename__)

@@ -1,0 +1,86 @@
+"""Set-based writing of registry rows."""
+
+import json
+import uuid
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import Connection, RowMapping, Table, text
+
+from msm_core.errors import InvalidRow
+from msm_core.models import MetaTable
+
+
+def upsert_rows(
+    connection: Connection,
+    table: type[MetaTable],
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    key: Sequence[str],
+    update: bool = True,
+) -> list[RowMapping]:
+    """Insert or update `rows` by `key`: two statements per set of supplied columns, whatever the number of rows.
+
+    Only supplied columns are touched, and a row that would not change is not written. Rows travel as one JSON document, so a
+    statement has one parameter. `update=False` leaves existing rows alone. Returns the rows as stored, in no particular order.
+    Raises InvalidRow for a key that is absent or given twice.
+    """
+    stored: list[RowMapping] = []
+    for columns, group in _by_supplied_columns(table, rows, key).items():
+        connection.execute(text(_upsert_sql(_table(table), columns, key, update)), {"rows": document(group)})
+        names = ", ".join(_quoted(k) for k in key)
+        sql = f"SELECT t.* FROM {_quoted(table.__tablename__)} t JOIN {_recordset(_table(table))} USING ({names})"  # noqa: S608
+        stored += connection.execute(text(sql), {"rows": document([{k: row[k] for k in key} for row in group])}).mappings().all()
+    return stored
+
+
+def _by_supplied_columns(
+    table: type[MetaTable], rows: Sequence[Mapping[str, Any]], key: Sequence[str]
+) -> dict[tuple[str, ...], list[dict[str, Any]]]:
+    """A heterogeneous batch must not take its SET list from its first row, so rows are grouped by what they supply."""
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
+    seen: set[tuple[Any, ...]] = set()
+    for row in rows:
+        name = tuple(row.get(k) for k in key)
+        if name in seen:
+            raise InvalidRow(model=table.__concept__, why=f"{dict(zip(key, name, strict=True))} is given twice in one batch")
+        seen.add(name)
+        complete = {"uid": uuid.uuid4(), **row} if "uid" in _table(table).columns else dict(row)
+        groups[tuple(sorted(complete))].append(complete)
+    return groups
+
+
+def _upsert_sql(table: Table, columns: Sequence[str], key: Sequence[str], update: bool) -> str:
+    target, names = _quoted(table.name), ", ".join(_quoted(c) for c in columns)
+    changing = [_quoted(c) for c in columns if c not in key and c != "uid"]
+    conflict = "DO NOTHING"
+    if update and changing:
+        assignments = ", ".join(f"{c} = EXCLUDED.{c}" for c in changing)
+        old, new = (", ".join(f"{side}.{c}" for c in changing) for side in (target, "EXCLUDED"))
+        conflict = f"DO UPDATE SET {assignments} WHERE ({old}) IS DISTINCT FROM ({new})"
+    return (
+        f"INSERT INTO {target} ({names}) SELECT {names} FROM {_recordset(table)} "  # noqa: S608 - quoted names, one parameter
+        f"ON CONFLICT ({', '.join(_quoted(k) for k in key)}) {conflict}"
+    )
+
+
+def _recordset(table: Table) -> str:
+    return f"jsonb_populate_recordset(NULL::{_quoted(table.name)}, CAST(:rows AS jsonb)) r"
+
+
+def document(rows: Sequence[Mapping[str, Any]]) -> str:
+    return json.dumps(rows, default=_plain, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    return value.isoformat() if hasattr(value, "isoformat") else str(value)
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _table(table: type[MetaTable]) -> Table:
+    assert isinstance(table.__table__, Table)
+    return table.__table__

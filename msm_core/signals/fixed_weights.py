@@ -1,0 +1,50 @@
+"""Fixed weights: the target never changes."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from msm_core.frames import Floats
+from msm_core.signals.base import AssetIdentifier, ConstantSignal, sorted_unique
+
+
+class AssetWeight(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    unique_identifier: AssetIdentifier
+    weight: float
+
+
+class FixedWeights(ConstantSignal):
+    """Given weights, for ever.
+
+    Weights are taken as they are: they need not sum to 1 (the rest is cash), and a negative one is a short position.
+    """
+
+    kind: Literal["fixed_weights"] = "fixed_weights"
+    asset_unique_identifier_weights: tuple[AssetWeight, ...] = Field(min_length=1)
+
+    @field_validator("asset_unique_identifier_weights")
+    @classmethod
+    def _in_asset_order(cls, weights: tuple[AssetWeight, ...]) -> tuple[AssetWeight, ...]:
+        sorted_unique([w.unique_identifier for w in weights], "asset_unique_identifier_weights")
+        return tuple(sorted(weights, key=lambda w: w.unique_identifier))
+
+    @classmethod
+    def from_signal_configuration(cls, configuration: Mapping[str, Any] | BaseModel | None = None, **fields: Any) -> "FixedWeights":
+        """From a mapping, another model or keywords; `weights={"AAPL": 0.6}` is accepted for the list of pairs."""
+        given = configuration.model_dump() if isinstance(configuration, BaseModel) else dict(configuration or {})
+        given |= fields
+        if "weights" in given:
+            pairs = given.pop("weights").items()
+            given["asset_unique_identifier_weights"] = [{"unique_identifier": a, "weight": w} for a, w in pairs]
+        return cls.model_validate(given)
+
+    @property
+    def universe(self) -> tuple[str, ...]:
+        return tuple(w.unique_identifier for w in self.asset_unique_identifier_weights)
+
+    def weights(self) -> Floats:
+        return np.array([w.weight for w in self.asset_unique_identifier_weights], dtype=np.float64)

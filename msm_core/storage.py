@@ -1,0 +1,318 @@
+"""All SQL on time-indexed tables: the catalogue, scoped reads, progress, appends. Set-based: no statement per portfolio, asset or day.
+
+Progress belongs to (storage, scope), in `DataNodeUpdate`; `max(time_index)` is never asked of a whole table. A change of progress is
+a compare-and-set on `epoch` in the same transaction as the rows (design.md section 7, lab/reliability.md section 3).
+"""
+
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import numpy as np
+from psycopg import sql
+from sqlalchemy import Connection
+
+from msm_core.copying import Block, concatenate, copy_in, execute, fetch
+from msm_core.errors import ProgressConflict, SourceUnusable, StorageNotPrepared
+from msm_core.frames import LastTrade, Series, SignalRows, to_datetime
+from msm_core.identity import node_uid
+from msm_core.models import (
+    AssetTable,
+    CalendarSessionTable,
+    CalendarTable,
+    DataNodeUpdateTable,
+    MetaTable,
+    PortfoliosStorage,
+    PortfolioWeightsStorage,
+    SignalWeightsStorage,
+    StorageTable,
+    TimeIndexMetaTable,
+)
+from msm_core.rows import document, upsert_rows
+from msm_core.sessions import Sessions
+
+BEGINNING = datetime.min.replace(tzinfo=UTC)
+
+# -- catalogue ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Source:
+    """A price storage as the catalogue knows it, with the numeric columns of its live table."""
+
+    uid: uuid.UUID
+    identifier: str
+    table: str
+    time_label: str
+    columns: frozenset[str]
+
+
+def verify_prepared(connection: Connection, tables: Iterable[type[MetaTable]] | None = None) -> None:
+    """Raises StorageNotPrepared naming every table that is declared but does not exist; never creates one."""
+    names = [t.__tablename__ for t in tables] if tables is not None else list(MetaTable.metadata.tables)
+    statement = sql.SQL("SELECT n FROM unnest(%(names)s::text[]) n WHERE to_regclass(quote_ident(n)) IS NULL")
+    missing = sorted(name for (name,) in fetch(connection, statement, {"names": names}))
+    if missing:
+        raise StorageNotPrepared(tables=", ".join(missing))
+
+
+def read_sources(connection: Connection, uids: Iterable[uuid.UUID]) -> dict[uuid.UUID, Source]:
+    """Catalogue entries by uid; those that are not registered, or whose table does not exist, are absent."""
+    statement = sql.SQL("""
+        SELECT m.uid, m.identifier, m.physical_table_name, m.time_label,
+               coalesce(array_agg(a.attname::text) FILTER (WHERE t.typcategory = 'N'), '{{}}')
+        FROM {catalogue} m
+        JOIN pg_attribute a ON a.attrelid = to_regclass(m.physical_table_name) AND a.attnum > 0 AND NOT a.attisdropped
+        JOIN pg_type t ON t.oid = a.atttypid
+        WHERE m.uid = ANY(%(uids)s) GROUP BY m.uid
+    """).format(catalogue=_name(TimeIndexMetaTable))
+    found = fetch(connection, statement, {"uids": list(uids)})
+    return {uid: Source(uid, identifier, table, label, frozenset(columns)) for uid, identifier, table, label, columns in found}
+
+
+def known_assets(connection: Connection, assets: Iterable[str]) -> set[str]:
+    """Those of `assets` that are registered."""
+    statement = sql.SQL("SELECT unique_identifier FROM {table} WHERE unique_identifier = ANY(%(assets)s)").format(table=_name(AssetTable))
+    return {asset for (asset,) in fetch(connection, statement, {"assets": list(assets)})}
+
+
+# -- calendars ----------------------------------------------------------------------------------------------------------------
+
+
+def find_calendars(connection: Connection, keys: Iterable[str]) -> dict[str, list[tuple[str, uuid.UUID]]]:
+    """Stored calendars per key: (unique_identifier, uid) of the one so identified, else of every one with that source_identifier."""
+    statement = sql.SQL("""
+        SELECT k.key, c.unique_identifier, c.uid FROM unnest(%(keys)s::text[]) k(key)
+        JOIN {table} c ON c.unique_identifier = k.key
+            OR (c.source_identifier = k.key AND NOT EXISTS (SELECT FROM {table} o WHERE o.unique_identifier = k.key))
+        ORDER BY 1, 2
+    """).format(table=_name(CalendarTable))
+    found: dict[str, list[tuple[str, uuid.UUID]]] = {}
+    for key, identifier, uid in fetch(connection, statement, {"keys": sorted(set(keys))}):
+        found.setdefault(key, []).append((identifier, uid))
+    return found
+
+
+def read_sessions(connection: Connection, uids: Iterable[uuid.UUID]) -> dict[uuid.UUID, Sessions]:
+    """All primary sessions of stored calendars."""
+    statement = sql.SQL("""
+        SELECT c.uid, c.unique_identifier, c.valid_from, c.valid_to, c.timezone, s.dates, s.opens, s.closes
+        FROM {calendar} c CROSS JOIN LATERAL (
+            SELECT coalesce(array_agg(q.date), '{{}}'), coalesce(array_agg(q.opens_at), '{{}}'), coalesce(array_agg(q.closes_at), '{{}}')
+            FROM (
+                SELECT t.local_date::timestamp AT TIME ZONE 'UTC' AS date, t.opens_at, t.closes_at FROM {session} t
+                WHERE t.calendar_uid = c.uid AND t.is_primary AND t.opens_at IS NOT NULL AND t.closes_at IS NOT NULL
+                ORDER BY t.closes_at) q) s(dates, opens, closes)
+        WHERE c.uid = ANY(%(uids)s)
+    """).format(calendar=_name(CalendarTable), session=_name(CalendarSessionTable))
+    return {
+        uid: Sessions(name, dates.astype("datetime64[D]"), opens, closes, np.datetime64(first), np.datetime64(last), zone)
+        for uid, name, first, last, zone, dates, opens, closes in fetch(connection, statement, {"uids": list(uids)})
+    }
+
+
+# -- prices -------------------------------------------------------------------------------------------------------------------
+
+
+def price_coverage(
+    connection: Connection, source: Source, column: str, assets: Sequence[str], as_of: datetime
+) -> dict[str, tuple[datetime, datetime]]:
+    """First and last bar time per asset with a value in `column`, up to `as_of`; an asset without bars is absent."""
+    edge = sql.SQL("""
+        (SELECT p.time_index FROM {table} p
+         WHERE p.asset_identifier = a.asset AND p.time_index <= %(as_of)s AND p.{column} IS NOT NULL
+         ORDER BY p.time_index {direction} LIMIT 1)""")
+    parts = {"table": _qualified(source.table), "column": sql.Identifier(column)}
+    statement = sql.SQL("SELECT a.asset, {first}, {last} FROM unnest(%(assets)s::text[]) a(asset)").format(
+        first=edge.format(direction=sql.SQL("ASC"), **parts), last=edge.format(direction=sql.SQL("DESC"), **parts)
+    )
+    found = fetch(connection, statement, {"assets": list(assets), "as_of": as_of})
+    return {asset: (first, last) for asset, first, last in found if first is not None}
+
+
+def read_prices(
+    connection: Connection, source: Source, column: str, assets: Sequence[str], since: datetime | None, through: datetime
+) -> dict[str, Series]:
+    """Bars with since <= time <= through, one array row per asset. A null price is no bar. Raises SourceUnusable for duplicate bars."""
+    volume = "coalesce(p.volume::float8, 'NaN')" if "volume" in source.columns else "'NaN'::float8"
+    statement = sql.SQL("""
+        SELECT a.asset, s.times, s.prices, s.volumes FROM unnest(%(assets)s::text[]) a(asset) CROSS JOIN LATERAL (
+            SELECT array_agg(q.time_index), array_agg(q.price), array_agg(q.volume) FROM (
+                SELECT p.time_index, p.{column}::float8 AS price, {volume} AS volume FROM {table} p
+                WHERE p.asset_identifier = a.asset AND p.time_index >= %(since)s AND p.time_index <= %(through)s AND p.{column} IS NOT NULL
+                ORDER BY p.time_index) q) s(times, prices, volumes)
+        WHERE s.times IS NOT NULL
+    """).format(column=sql.Identifier(column), volume=sql.SQL(volume), table=_qualified(source.table))
+    found = fetch(connection, statement, {"assets": list(assets), "since": since or BEGINNING, "through": through})
+    series = {asset: Series(*arrays) for asset, *arrays in found}
+    for asset, bars in series.items():
+        if not (np.diff(bars.times) > np.timedelta64(0)).all():
+            why = f"{asset} has two bars at one time; make (time_index, asset_identifier) unique"
+            raise SourceUnusable(source=source.identifier, why=why)
+    return series
+
+
+# -- signals, weights, values -------------------------------------------------------------------------------------------------
+
+
+def read_signal_weights(connection: Connection, signal_uids: Sequence[str], since: datetime, through: datetime) -> dict[str, SignalRows]:
+    """Every vector emitted in (since, through], and the last one at or before `since`: it may still be valid."""
+    statement = sql.SQL("""
+        SELECT u.signal_uid, s.times, s.assets, s.weights FROM unnest(%(uids)s::text[]) u(signal_uid) CROSS JOIN LATERAL (
+            SELECT array_agg(q.time_index), array_agg(q.asset_identifier::text), array_agg(q.signal_weight) FROM (
+                SELECT w.time_index, w.asset_identifier, w.signal_weight FROM {table} w
+                WHERE w.signal_uid = u.signal_uid AND w.time_index <= %(through)s AND w.time_index >= coalesce(
+                    (SELECT max(m.time_index) FROM {table} m WHERE m.signal_uid = u.signal_uid AND m.time_index <= %(since)s), %(since)s)
+                ORDER BY w.time_index, w.asset_identifier) q) s(times, assets, weights)
+        WHERE s.times IS NOT NULL
+    """).format(table=_name(SignalWeightsStorage))
+    found = fetch(connection, statement, {"uids": list(signal_uids), "since": since, "through": through})
+    return {signal_uid: SignalRows(*columns) for signal_uid, *columns in found}
+
+
+def last_trades(connection: Connection, portfolios: Sequence[str]) -> dict[str, LastTrade]:
+    """The last weights vector per portfolio; a portfolio that never traded is absent."""
+    statement = sql.SQL("""
+        SELECT u.id, s.times, s.assets, s.weights, s.prices, s.volumes
+        FROM unnest(%(ids)s::text[]) u(id) CROSS JOIN LATERAL (
+            SELECT array_agg(q.time_index), array_agg(q.asset_identifier::text), array_agg(q.weight),
+                   array_agg(coalesce(q.price_current, 'NaN')), array_agg(coalesce(q.volume_current, 'NaN')) FROM (
+                SELECT w.* FROM {table} w
+                WHERE w.portfolio_identifier = u.id AND w.time_index = (
+                    SELECT max(m.time_index) FROM {table} m WHERE m.portfolio_identifier = u.id)
+                ORDER BY w.asset_identifier) q) s(times, assets, weights, prices, volumes)
+        WHERE s.times IS NOT NULL
+    """).format(table=_name(PortfolioWeightsStorage))
+    found = fetch(connection, statement, {"ids": list(portfolios)})
+    return {i: LastTrade(times[0], tuple(assets), weights, prices, volumes) for i, times, assets, weights, prices, volumes in found}
+
+
+ValueKey = tuple[str, np.datetime64]
+
+
+def read_values(connection: Connection, keys: Iterable[ValueKey]) -> dict[ValueKey, tuple[float, float]]:
+    """(close, calculated_close) at each (portfolio_identifier, time)."""
+    statement = sql.SQL("""
+        SELECT v.portfolio_identifier, v.time_index, v.close, v.calculated_close
+        FROM unnest(%(ids)s::text[], %(times)s::timestamptz[]) k(id, time)
+        JOIN {table} v ON v.portfolio_identifier = k.id AND v.time_index = k.time
+    """).format(table=_name(PortfoliosStorage))
+    unique = sorted(set(keys))
+    found = fetch(connection, statement, {"ids": [k for k, _ in unique], "times": [to_datetime(t) for _, t in unique]})
+    return {(i, np.datetime64(time.replace(tzinfo=None), "us")): (close, calculated) for i, time, close, calculated in found}
+
+
+# -- progress -----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Whose rows in which storage: the owner of one progress row."""
+
+    storage: type[StorageTable]
+    value: str
+
+    @property
+    def uid(self) -> uuid.UUID:
+        return node_uid(self.storage.logical_name(), self.value)
+
+
+@dataclass(frozen=True)
+class Progress:
+    uid: uuid.UUID
+    watermark: datetime | None
+    epoch: int
+    row_count: int
+    configuration_hash: str | None
+    code_version: str | None
+
+
+ProgressRows = Mapping[uuid.UUID, Progress]
+
+
+@dataclass(frozen=True)
+class Advance:
+    """A change of one progress row, with the rows that belong to it; `replace` deletes the scope's rows first."""
+
+    scope: Scope
+    epoch: int
+    watermark: datetime | None
+    row_count: int
+    configuration_hash: str
+    code_version: str
+    input_digest: str
+    block: Block | None
+    replace: bool
+
+
+MOVED_COLUMNS = ("watermark", "row_count", "configuration_hash", "code_version", "input_digest")
+
+
+def ensure_progress(connection: Connection, scopes: Iterable[Scope]) -> None:
+    """A progress row for each scope; existing ones stay as they are."""
+    rows = [{"uid": s.uid, "kind": s.storage.__storage_kind__, "storage": s.storage.logical_name(), "scope": s.value} for s in set(scopes)]
+    upsert_rows(connection, DataNodeUpdateTable, rows, key=("storage", "scope"), update=False)
+
+
+def read_progress(connection: Connection, uids: Iterable[uuid.UUID]) -> dict[uuid.UUID, Progress]:
+    return _progress(connection, uids, sql.SQL(""))
+
+
+def claim(connection: Connection, uids: Iterable[uuid.UUID]) -> dict[uuid.UUID, Progress]:
+    """Lock progress rows in uid order, without waiting; rows that another run holds are absent. The transaction's first query."""
+    return _progress(connection, uids, sql.SQL("FOR UPDATE SKIP LOCKED"))
+
+
+def _progress(connection: Connection, uids: Iterable[uuid.UUID], lock: sql.SQL) -> dict[uuid.UUID, Progress]:
+    statement = sql.SQL("""
+        SELECT uid, watermark, epoch, row_count, configuration_hash, code_version
+        FROM {table} WHERE uid = ANY(%(uids)s) ORDER BY uid {lock}
+    """).format(table=_name(DataNodeUpdateTable), lock=lock)
+    return {row[0]: Progress(*row) for row in fetch(connection, statement, {"uids": sorted(uids)})}
+
+
+def commit_advances(connection: Connection, advances: Sequence[Advance], run_uid: uuid.UUID | None) -> None:
+    """Delete what is replaced, append the rows, move the progress: all of it or, by raising ProgressConflict, none.
+
+    Rows above a watermark cannot exist, so blocks go straight into their tables, in key order. The caller's transaction commits.
+    """
+    by_storage: dict[type[StorageTable], list[Advance]] = {}
+    for advance in advances:
+        by_storage.setdefault(advance.scope.storage, []).append(advance)
+    for storage, group in by_storage.items():
+        _delete_scopes(connection, storage, [a.scope.value for a in group if a.replace])
+        blocks = [a.block for a in sorted(group, key=lambda a: a.scope.value) if a.block is not None]
+        if blocks:
+            copy_in(connection, storage.__tablename__, concatenate(blocks))
+    _move_progress(connection, advances, run_uid)
+
+
+def _delete_scopes(connection: Connection, storage: type[StorageTable], scopes: list[str]) -> None:
+    if scopes:
+        statement = sql.SQL("DELETE FROM {table} WHERE {scope} = ANY(%(scopes)s)")
+        execute(connection, statement.format(table=_name(storage), scope=sql.Identifier(storage.__scope__)), {"scopes": scopes})
+
+
+def _move_progress(connection: Connection, advances: Sequence[Advance], run_uid: uuid.UUID | None) -> None:
+    rows = [{"uid": a.scope.uid, "epoch": a.epoch} | {column: getattr(a, column) for column in MOVED_COLUMNS} for a in advances]
+    assignments = sql.SQL(", ").join(sql.SQL("{0} = x.{0}").format(sql.Identifier(column)) for column in MOVED_COLUMNS)
+    statement = sql.SQL("""
+        UPDATE {table} p SET epoch = p.epoch + 1, run_uid = %(run)s, updated_at = now(), {assignments}
+        FROM jsonb_populate_recordset(NULL::{table}, %(rows)s::jsonb) x WHERE p.uid = x.uid AND p.epoch = x.epoch
+    """).format(table=_name(DataNodeUpdateTable), assignments=assignments)
+    moved = execute(connection, statement, {"rows": document(rows), "run": run_uid})
+    if moved != len(advances):
+        raise ProgressConflict(count=len(advances) - moved, nodes=", ".join(a.scope.value for a in advances[:5]))
+
+
+# -- names --------------------------------------------------------------------------------------------------------------------
+
+
+def _name(table: type[MetaTable]) -> sql.Identifier:
+    return sql.Identifier(table.__tablename__)
+
+
+def _qualified(name: str) -> sql.Composable:
+    """A catalogue entry's table, quoted part by part."""
+    return sql.Identifier(*name.split("."))
