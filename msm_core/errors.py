@@ -90,7 +90,9 @@ class EmbeddedPostgresError(MsmError):
 
 
 class EngineNotStarted(MsmError):
-    message = "no engine: call msm_core.start_engine(models=[...]) before using rows."
+    message = (
+        "{models} not attached to the configured database (attached: {attached}). Call msm_core.start_engine(models=[{models}]) first."
+    )
 
 
 class UnknownModel(MsmError):

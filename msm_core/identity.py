@@ -91,6 +91,7 @@ class Spec(BaseModel):
 
 
 S = TypeVar("S", bound=Spec)
+T = TypeVar("T", bound=Spec)
 
 
 class Kinds(Generic[S]):
@@ -100,9 +101,9 @@ class Kinds(Generic[S]):
         self.family = family
         self.classes: dict[str, type[S]] = {}
 
-    def register(self, cls: type[S]) -> type[S]:
+    def register(self, cls: type[T]) -> type[T]:
         """Class decorator. The class's `kind` must be a Literal with a default."""
-        self.classes[str(cls.model_fields["kind"].default)] = cls
+        self.classes[str(cls.model_fields["kind"].default)] = cls  # type: ignore[assignment] - T is S's, which TypeVar cannot say
         return cls
 
     def parse(self, value: Any) -> Any:

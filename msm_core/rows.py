@@ -69,8 +69,9 @@ def _recordset(table: Table) -> str:
     return f"jsonb_populate_recordset(NULL::{_quoted(table.name)}, CAST(:rows AS jsonb)) r"
 
 
-def document(rows: Sequence[Mapping[str, Any]]) -> str:
-    return json.dumps(rows, default=_plain, allow_nan=False)
+def document(value: Sequence[Mapping[str, Any]] | Mapping[str, Any]) -> str:
+    """Plain JSON text of rows or of one document; times as ISO, uids as text. Raises ValueError for NaN."""
+    return json.dumps(value, default=_plain, allow_nan=False)
 
 
 def _plain(value: Any) -> Any:

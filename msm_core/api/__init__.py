@@ -1,0 +1,29 @@
+"""Typed rows: `from msm_core.api import Portfolio`, after `msm_core.start_engine(...)`."""
+
+from msm_core.api.assets import Asset, AssetType
+from msm_core.api.base import Row
+from msm_core.api.calendars import Calendar, CalendarDate, CalendarEvent, CalendarSession
+from msm_core.api.indexes import Index, IndexType
+from msm_core.api.market_metadata import RebalanceStrategyMetadata, SignalMetadata
+from msm_core.api.portfolios import Portfolio, PortfolioGroup, PortfolioMetadata
+from msm_core.api.runtime import Runtime, one_transaction, start_engine
+
+__all__ = [
+    "Asset",
+    "AssetType",
+    "Calendar",
+    "CalendarDate",
+    "CalendarEvent",
+    "CalendarSession",
+    "Index",
+    "IndexType",
+    "Portfolio",
+    "PortfolioGroup",
+    "PortfolioMetadata",
+    "RebalanceStrategyMetadata",
+    "Row",
+    "Runtime",
+    "SignalMetadata",
+    "one_transaction",
+    "start_engine",
+]

@@ -1,0 +1,19 @@
+"""Asset rows: what prices are keyed by. Facts of one kind of asset live in tables of their own."""
+
+from msm_core.api.base import Row
+from msm_core.api.fields import Json
+from msm_core.models import AssetTable, AssetTypeTable
+
+
+class AssetType(Row, table=AssetTypeTable, key=("asset_type",)):
+    asset_type: str
+    display_name: str | None = None
+    description: str | None = None
+    metadata_json: Json | None = None
+
+
+class Asset(Row, table=AssetTable, key=("unique_identifier",)):
+    """`unique_identifier` is the asset_identifier of every storage."""
+
+    unique_identifier: str
+    asset_type: str | None = None

@@ -1,0 +1,124 @@
+"""The ledger: what every run did to every node. A report for people and for `retry`; the truth about data is in DataNodeUpdate."""
+
+import getpass
+import platform
+import socket
+import uuid
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+from psycopg import sql
+from sqlalchemy import Connection, Engine
+
+import msm_core
+from msm_core.copying import execute, fetch
+from msm_core.data_nodes.base import NodeResult
+from msm_core.errors import RunNotFound
+from msm_core.models import PortfoliosStorage, RunNodeTable, RunTable, SignalWeightsStorage
+from msm_core.rows import document, upsert_rows
+from msm_core.storage import Scope
+from msm_ray.executors import CODE_VERSION
+
+RUN, NODE = (sql.Identifier(table.__tablename__) for table in (RunTable, RunNodeTable))
+SCOPES = {"signal": SignalWeightsStorage, "portfolio": PortfoliosStorage}
+
+
+def start_run(engine: Engine, as_of: datetime, arguments: Mapping[str, Any], retry_of: uuid.UUID | None = None) -> uuid.UUID:
+    uid = uuid.uuid4()
+    versions = f"msm {msm_core.__version__}, {CODE_VERSION}, numpy {np.__version__}, python {platform.python_version()}"
+    row = {
+        "uid": uid,
+        "as_of": as_of,
+        "status": "running",
+        "arguments": dict(arguments),
+        "code_version": versions,
+        "submitter": _submitter(),
+    }
+    with engine.begin() as connection:
+        upsert_rows(connection, RunTable, [row | {"retry_of": retry_of}], key=("uid",))
+    return uid
+
+
+def record(engine: Engine, run_uid: uuid.UUID, results: Sequence[NodeResult], reasons: Mapping[tuple[str, str], str]) -> None:
+    """Results of one batch, in one statement."""
+    rows = [
+        {
+            "run_uid": run_uid,
+            "node_uid": Scope(SCOPES[r.kind], r.identifier).uid,
+            "kind": r.kind,
+            "identifier": r.identifier,
+            "status": r.status,
+            "reason": reasons.get((r.kind, r.identifier), "dependency"),
+            "error": r.error,
+            "row_count": r.rows,
+            "watermark": r.watermark,
+            "attempts": r.attempts,
+            "seconds": r.seconds,
+        }
+        for r in results
+    ]
+    if rows:
+        with engine.begin() as connection:
+            upsert_rows(connection, RunNodeTable, rows, key=("run_uid", "node_uid"))
+
+
+def finish_run(engine: Engine, run_uid: uuid.UUID, status: str, summary: Mapping[str, Any]) -> None:
+    statement = sql.SQL("UPDATE {run} SET status = %(status)s, summary = %(summary)s::jsonb, finished_at = now() WHERE uid = %(uid)s")
+    with engine.begin() as connection:
+        execute(connection, statement.format(run=RUN), {"status": status, "summary": document(summary), "uid": run_uid})
+
+
+def recent_runs(connection: Connection, limit: int) -> list[dict[str, Any]]:
+    """Newest runs first."""
+    statement = sql.SQL("""
+        SELECT uid::text, status, as_of, started_at, finished_at, arguments, summary, retry_of::text
+        FROM {run} ORDER BY started_at DESC LIMIT %(limit)s
+    """).format(run=RUN)
+    names = ("run", "status", "as_of", "started_at", "finished_at", "arguments", "summary", "retry_of")
+    return [dict(zip(names, row, strict=True)) for row in fetch(connection, statement, {"limit": limit})]
+
+
+def find_run(connection: Connection, run: str | None) -> tuple[uuid.UUID, datetime]:
+    """(root of the retry chain, its as-of) of a run given by uid or the beginning of one; the newest run by default.
+
+    Raises RunNotFound.
+    """
+    statement = sql.SQL("""
+        SELECT coalesce(retry_of, uid), as_of FROM {run}
+        WHERE %(run)s::text IS NULL OR starts_with(uid::text, %(run)s) ORDER BY started_at DESC LIMIT 1
+    """).format(run=RUN)
+    found = fetch(connection, statement, {"run": run})
+    if not found:
+        raise RunNotFound(run=run or "at all")
+    return found[0]
+
+
+def unfinished(connection: Connection, root: uuid.UUID) -> list[tuple[str, str]]:
+    """(kind, identifier) of nodes whose newest result in the run and all its retries is failed, skipped or busy."""
+    statement = sql.SQL("""
+        SELECT kind, identifier FROM (
+            SELECT DISTINCT ON (n.node_uid) n.kind, n.identifier, n.status
+            FROM {node} n JOIN {run} r ON r.uid = n.run_uid
+            WHERE r.uid = %(root)s OR r.retry_of = %(root)s ORDER BY n.node_uid, r.started_at DESC) newest
+        WHERE status IN ('failed', 'skipped', 'busy') ORDER BY 1, 2
+    """).format(run=RUN, node=NODE)
+    return [(kind, identifier) for kind, identifier in fetch(connection, statement, {"root": root})]
+
+
+def last_results(connection: Connection) -> dict[str, dict[str, Any]]:
+    """Newest result per portfolio: status, error, watermark."""
+    statement = sql.SQL("""
+        SELECT DISTINCT ON (n.node_uid) n.identifier, n.status, n.error, n.watermark
+        FROM {node} n JOIN {run} r ON r.uid = n.run_uid WHERE n.kind = 'portfolio' ORDER BY n.node_uid, r.started_at DESC
+    """).format(run=RUN, node=NODE)
+    found = fetch(connection, statement, {})
+    return {identifier: {"status": status, "error": error, "watermark": watermark} for identifier, status, error, watermark in found}
+
+
+def _submitter() -> str:
+    try:
+        return f"{getpass.getuser()}@{socket.gethostname()}"
+    except (KeyError, OSError):  # a container whose uid has no name
+        return f"unknown@{socket.gethostname()}"

@@ -1,0 +1,97 @@
+"""The plan: which nodes a run touches, why, and in which order. Pure once the world is read; printed by `msm-ray plan`.
+
+1. Every configuration becomes a portfolio node and, once per distinct uid, a signal node (data_nodes/planning.py decides each).
+2. A node without work stays out of the graph; one that cannot work is a failure before anything is tried.
+3. A portfolio waits for its signal, and for nothing else: edges are per node, never a barrier between stages.
+"""
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Any
+
+from msm_core.configuration import PortfolioConfiguration
+from msm_core.data_nodes.base import NodeResult
+from msm_core.data_nodes.planning import NodePlan, World, plan_portfolio, plan_signal
+from msm_core.data_nodes.portfolios import PortfoliosDataNode
+from msm_core.data_nodes.signals import SignalWeights
+
+Key = tuple[str, str]  # (kind, identifier)
+Work = SignalWeights | PortfoliosDataNode
+
+
+@dataclass(frozen=True)
+class Plan:
+    as_of: datetime
+    signals: tuple[NodePlan[SignalWeights], ...]
+    portfolios: tuple[NodePlan[PortfoliosDataNode], ...]
+
+    def work(self) -> dict[Key, Work]:
+        """Nodes with something to do, by key."""
+        signals = {("signal", p.identifier): p.node for p in self.signals if p.node is not None}
+        return signals | {("portfolio", p.identifier): p.node for p in self.portfolios if p.node is not None}
+
+    def upstream(self) -> dict[Key, set[Key]]:
+        """What each node waits for; only nodes of this plan's work are named."""
+        work = self.work()
+        graph: dict[Key, set[Key]] = {}
+        for key, node in work.items():
+            signal = ("signal", node.portfolio_configuration.signal_uid) if isinstance(node, PortfoliosDataNode) else None
+            graph[key] = {signal} if signal in work else set()
+        return graph
+
+    def settled(self) -> list[NodeResult]:
+        """Results that need no work: portfolios that are up to date, and those that cannot be computed at all."""
+        up_to_date = [p for p in self.portfolios if p.reason == "up to date"]
+        done = [NodeResult("portfolio", p.identifier, "up_to_date", watermark=p.end) for p in up_to_date]
+        return done + [NodeResult("portfolio", p.identifier, "failed", error=p.error, attempts=0) for p in self.portfolios if p.error]
+
+    def reasons(self) -> dict[Key, str]:
+        return {(kind, p.identifier): p.reason for kind, plans in (("signal", self.signals), ("portfolio", self.portfolios)) for p in plans}
+
+    def summary(self) -> dict[str, dict[str, int]]:
+        """Nodes per reason, for each kind."""
+        return {"signals": dict(Counter(p.reason for p in self.signals)), "portfolios": dict(Counter(p.reason for p in self.portfolios))}
+
+    def document(self) -> dict[str, Any]:
+        """The plan as plain data."""
+        return {
+            "as_of": self.as_of.isoformat(),
+            "summary": self.summary(),
+            "signals": [_node_document(p) for p in self.signals],
+            "portfolios": [_node_document(p) for p in self.portfolios],
+        }
+
+
+def make_plan(
+    configurations: Sequence[PortfolioConfiguration],
+    world: World,
+    as_of: datetime,
+    *,
+    full_refresh: bool = False,
+    failed_before: Collection[str] = (),
+    signals_selected: Iterable[str] = (),
+) -> Plan:
+    """`configurations` are the selected portfolios; `failed_before` names those whose last run failed.
+
+    A signal comes along when a portfolio that follows it has work, or when it is selected itself.
+    """
+    portfolios = [plan_portfolio(c, world, as_of, full_refresh) for c in configurations]
+    portfolios = [replace(p, reason="previous failure") if p.node and p.identifier in failed_before else p for p in portfolios]
+    wanted = set(signals_selected) | {p.node.portfolio_configuration.signal_uid for p in portfolios if p.node}
+    distinct = {c.signal_uid: c.signal for c in configurations}
+    signals = [plan_signal(distinct[uid], world, as_of, full_refresh) for uid in sorted(wanted & distinct.keys())]
+    return Plan(as_of, tuple(signals), tuple(portfolios))
+
+
+def _node_document(plan: NodePlan[Any]) -> dict[str, Any]:
+    facts: Mapping[str, Any] = {
+        "identifier": plan.identifier,
+        "reason": plan.reason,
+        "start": plan.start.isoformat() if plan.start else None,
+        "end": plan.end.isoformat() if plan.end else None,
+        "limited_by": plan.limited_by,
+        "error": plan.error,
+    }
+    return {name: value for name, value in facts.items() if value is not None}
