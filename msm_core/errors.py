@@ -223,7 +223,7 @@ class StaleCode(MsmError):
 
 
 class RunNotFound(MsmError):
-    message = "no run {run!r} in the ledger. `msm-ray status` lists the recent ones."
+    message = "the ledger has no run {run}. `msm-ray status` lists the recent ones."
 
 
 class DependencyFailed(MsmError):

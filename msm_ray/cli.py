@@ -1,10 +1,8 @@
 """The `msm-ray` command. Every verb is a few lines: read options, call the driver, show the result."""
 
 import json
-import os
-import re
 import sys
-from datetime import UTC, date, datetime, time, timedelta
+from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,8 +14,7 @@ from msm_core.configuration import PortfolioConfiguration
 from msm_core.data_nodes.base import failure_facts
 from msm_core.data_nodes.planning import read_world
 from msm_core.data_nodes.registration import read_configurations
-from msm_core.database import check_server, get_engine, transaction
-from msm_core.embedded import embedded
+from msm_core.database import get_engine, transaction
 from msm_core.errors import (
     ConfigurationError,
     DatabaseNotConfigured,
@@ -27,18 +24,18 @@ from msm_core.errors import (
     SelectionError,
     StorageNotPrepared,
 )
-from msm_core.settings import Settings
 from msm_core.storage import verify_prepared
 from msm_core.verification import checksum as compute_checksum
 from msm_core.verification import verify as verify_storages
 from msm_ray import ledger
 from msm_ray import prepare as preparation
-from msm_ray.console import configure_logging, emit_json, emit_table, err, narrate, out, watching
+from msm_ray.cli_db import db_app
+from msm_ray.console import Output, OutputOption, configure_logging, emit_json, emit_table, err, narrate, out, watching
 from msm_ray.executors import make_executor
 from msm_ray.fleet import fleet_json_schema, load_fleet
 from msm_ray.plan import make_plan
 from msm_ray.run import Options, RunReport, run_fleet
-from msm_ray.select import Selectable, select
+from msm_ray.session import choose_portfolios, connect, own_server, parse_as_of
 from msm_ray.store import store_fleet
 
 EXIT_CRASH, EXIT_USAGE, EXIT_PENDING = 1, 2, 10
@@ -52,13 +49,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-db_app = typer.Typer(help="The embedded Postgres under MSM_HOME.", no_args_is_help=True)
 app.add_typer(db_app, name="db")
-
-
-class Output(StrEnum):
-    table = "table"
-    json = "json"
 
 
 class ExecutorName(StrEnum):
@@ -67,7 +58,6 @@ class ExecutorName(StrEnum):
 
 
 FileOption = Annotated[Path | None, typer.Option("--file", "-f", help="fleet.yaml; without it, what `prepare -f` stored.", dir_okay=False)]
-OutputOption = Annotated[Output, typer.Option("--output", "-o", help="table for people, json for programs (one object on stdout).")]
 SelectOption = Annotated[
     list[str] | None,
     typer.Option("--select", "-s", help="portfolio:ew-*, tag:core, signal:equal+, asset:AAPL+, status:failed. Repeat = or, comma = and."),
@@ -182,9 +172,9 @@ def plan(
 ) -> None:
     """What a run would do, and why. Writes nothing."""
     engine, at = connect(), parse_as_of(as_of)
-    configurations, signals = _chosen(engine, file, select_)
+    configurations, signals = choose_portfolios(engine, file, select_)
     with transaction(engine, read_only=True) as connection:
-        failed = {i for i, r in ledger.last_results(connection).items() if r["status"] in ("failed", "skipped")}
+        failed = ledger.failed_portfolios(connection)
         world = read_world(connection, configurations, at)
     made = make_plan(configurations, world, at, full_refresh=full_refresh, failed_before=failed, signals_selected=signals)
     if output == Output.json:
@@ -216,7 +206,7 @@ def run(
 ) -> None:
     """Bring the fleet up to date. A portfolio that fails is named and left as it was; the rest land."""
     engine, at = connect(), parse_as_of(as_of)
-    configurations, signals = _chosen(engine, file, select_)
+    configurations, signals = choose_portfolios(engine, file, select_)
     arguments = {"file": str(file) if file else None, "select": select_, "full_refresh": full_refresh, "executor": executor.value}
     options = Options(batch_size=batch_size, full_refresh=full_refresh, signals_selected=signals, arguments=arguments)
     report = execute(engine, configurations, at, options, executor, workers, task_timeout)
@@ -308,7 +298,7 @@ def demo(
     """A fleet on real prices, from nothing: database, tables, bars, portfolios, valuation, picture. Again, it writes 0 rows."""
     from msm_ray import demo as show
 
-    server = _own_server()
+    server = own_server()
     try:
         engine = connect()
         preparation.prepare(engine)
@@ -354,70 +344,7 @@ def _show_demo(engine: Engine, report: RunReport, output: Output) -> None:
     out.print("Next: ./run status · ./run plan --as-of 2022-12-31 · ./run verify · ./run db psql", highlight=False, soft_wrap=True)
 
 
-# -- embedded database ----------------------------------------------------------------------------------------------------------
-
-
-@db_app.command("start")
-def db_start() -> None:
-    """Start it, or find it running; prints where it is."""
-    embedded().start()
-    db_status()
-
-
-@db_app.command("stop")
-def db_stop() -> None:
-    """Stop it; the data stay."""
-    out.print("Stopped." if embedded().stop() else "It was not running.")
-
-
-@db_app.command("status")
-def db_status(output: OutputOption = Output.table) -> None:
-    """Whether it runs, and where its files are."""
-    facts = embedded().status()
-    if output == Output.json:
-        emit_json(facts)
-    else:
-        emit_table("Embedded Postgres", ("fact", "value"), list(facts.items()))
-
-
-@db_app.command("url")
-def db_url() -> None:
-    """Its address, password included: for export MSM_DATABASE_URL=$(msm-ray db url)."""
-    url = embedded().url()
-    if url is None:
-        raise DatabaseNotConfigured(url_file=str(embedded().url_file))
-    sys.stdout.write(url + "\n")
-
-
-@db_app.command("psql", context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
-def db_psql(context: typer.Context) -> None:
-    """A psql session; further arguments go to psql."""
-    embedded().start()
-    argv, environment = embedded().psql_argv()
-    os.execvpe(argv[0], [*argv, *context.args], environment)
-
-
 # -- shared -------------------------------------------------------------------------------------------------------------------
-
-
-def connect() -> Engine:
-    """The configured database; the embedded one is started when nothing else is configured."""
-    _own_server()
-    engine = get_engine()
-    check_server(engine)
-    return engine
-
-
-def _own_server() -> Any:
-    """The embedded server, running, or None when the user has a database of their own."""
-    settings = Settings()
-    if settings.database_url or settings.database_url_file or os.environ.get("PGSERVICE") or os.environ.get("PGHOST"):
-        return None
-    server = embedded()
-    if server.url() is None:
-        narrate(f"starting the embedded Postgres under {settings.state_path}")
-    server.start()
-    return server
 
 
 def execute(
@@ -461,51 +388,6 @@ def _show_failures(report: RunReport) -> None:
     rows = [(r.kind, r.identifier, r.status, r.error["message"] if r.error else "held by another run") for r in report.failures()]
     if rows:
         emit_table("Not landed; repair, then msm-ray retry", ("kind", "identifier", "status", "reason"), rows)
-
-
-def _chosen(engine: Engine, file: Path | None, expressions: list[str] | None) -> tuple[list[PortfolioConfiguration], frozenset[str]]:
-    """Configurations of the file, which is stored first, or the stored ones; and the signals selected by name."""
-    fleet = load_fleet(file) if file else None
-    with engine.connect() as connection:
-        verify_prepared(connection)
-    if fleet:
-        store_fleet(engine, fleet)
-    with transaction(engine, read_only=True) as connection:
-        configurations = list(fleet.portfolios) if fleet else read_configurations(connection)
-        results = ledger.last_results(connection)
-    if not expressions:
-        return configurations, frozenset()
-    chosen = select(expressions, [_selectable(c, results.get(c.identifier, {})) for c in configurations])
-    return [c for c in configurations if c.identifier in chosen.portfolios], chosen.signals
-
-
-def _selectable(configuration: PortfolioConfiguration, result: dict[str, Any]) -> Selectable:
-    markets = configuration.portfolio_markets_configuration
-    return Selectable(
-        identifier=configuration.identifier,
-        tags=frozenset(markets.tags),
-        signal_uid=configuration.signal_uid,
-        signal_name=markets.signal_name,
-        signal_kind=configuration.signal.kind,
-        assets=frozenset(configuration.signal.universe),
-        status=result.get("status"),
-        reason=(result.get("error") or {}).get("reason"),
-    )
-
-
-def parse_as_of(text: str | None) -> datetime:
-    """A date means the end of that UTC day; an instant needs an offset. The default is now, read here once and never below."""
-    if text is None:
-        return datetime.now(UTC)
-    try:
-        if re.fullmatch(r"\d{4}-\d{2}-\d{2}", text):
-            return datetime.combine(date.fromisoformat(text), time(), UTC) + timedelta(days=1)
-        instant = datetime.fromisoformat(text)
-    except ValueError:
-        raise ConfigurationError(problems=f"--as-of {text}: neither a date (2024-06-28) nor an instant (2024-06-28T20:00:00Z)") from None
-    if instant.tzinfo is None:
-        raise ConfigurationError(problems=f"--as-of {text}: an instant needs an offset, for example {text}Z")
-    return instant.astimezone(UTC)
 
 
 def _day(value: datetime | None, form: str = "%Y-%m-%d") -> str | None:

@@ -80,18 +80,23 @@ def recent_runs(connection: Connection, limit: int) -> list[dict[str, Any]]:
     return [dict(zip(names, row, strict=True)) for row in fetch(connection, statement, {"limit": limit})]
 
 
+UNFINISHED = ["failed", "skipped", "busy"]
+
+
 def find_run(connection: Connection, run: str | None) -> tuple[uuid.UUID, datetime]:
-    """(root of the retry chain, its as-of) of a run given by uid or the beginning of one; the newest run by default.
+    """(root of the retry chain, its as-of) of a run given by uid or how it begins; by default the newest with something unfinished.
 
     Raises RunNotFound.
     """
     statement = sql.SQL("""
-        SELECT coalesce(retry_of, uid), as_of FROM {run}
-        WHERE %(run)s::text IS NULL OR starts_with(uid::text, %(run)s) ORDER BY started_at DESC LIMIT 1
-    """).format(run=RUN)
-    found = fetch(connection, statement, {"run": run})
+        SELECT coalesce(r.retry_of, r.uid), r.as_of FROM {run} r
+        WHERE starts_with(r.uid::text, %(run)s)
+           OR (%(run)s::text IS NULL AND EXISTS (SELECT FROM {node} n WHERE n.run_uid = r.uid AND n.status = ANY(%(unfinished)s)))
+        ORDER BY r.started_at DESC LIMIT 1
+    """).format(run=RUN, node=NODE)
+    found = fetch(connection, statement, {"run": run, "unfinished": UNFINISHED})
     if not found:
-        raise RunNotFound(run=run or "at all")
+        raise RunNotFound(run=run or "with anything to retry")
     return found[0]
 
 
@@ -102,9 +107,9 @@ def unfinished(connection: Connection, root: uuid.UUID) -> list[tuple[str, str]]
             SELECT DISTINCT ON (n.node_uid) n.kind, n.identifier, n.status
             FROM {node} n JOIN {run} r ON r.uid = n.run_uid
             WHERE r.uid = %(root)s OR r.retry_of = %(root)s ORDER BY n.node_uid, r.started_at DESC) newest
-        WHERE status IN ('failed', 'skipped', 'busy') ORDER BY 1, 2
+        WHERE status = ANY(%(unfinished)s) ORDER BY 1, 2
     """).format(run=RUN, node=NODE)
-    return [(kind, identifier) for kind, identifier in fetch(connection, statement, {"root": root})]
+    return [(kind, identifier) for kind, identifier in fetch(connection, statement, {"root": root, "unfinished": UNFINISHED})]
 
 
 def last_results(connection: Connection) -> dict[str, dict[str, Any]]:
@@ -115,6 +120,11 @@ def last_results(connection: Connection) -> dict[str, dict[str, Any]]:
     """).format(run=RUN, node=NODE)
     found = fetch(connection, statement, {})
     return {identifier: {"status": status, "error": error, "watermark": watermark} for identifier, status, error, watermark in found}
+
+
+def failed_portfolios(connection: Connection) -> set[str]:
+    """Portfolios whose newest result is a failure."""
+    return {identifier for identifier, r in last_results(connection).items() if r["status"] in ("failed", "skipped")}
 
 
 def _submitter() -> str:

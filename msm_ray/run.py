@@ -119,7 +119,7 @@ def run_fleet(
     started = time.perf_counter()
     with engine.connect() as connection:
         verify_prepared(connection)
-        failed_before = {i for i, r in ledger.last_results(connection).items() if r["status"] in ("failed", "skipped")}
+        failed_before = ledger.failed_portfolios(connection)
     run_uid = ledger.start_run(engine, as_of, options.arguments, options.retry_of)
     status, report = "cancelled", None
     try:

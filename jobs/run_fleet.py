@@ -1,0 +1,51 @@
+"""Run the stored fleet, or that of a file, on the cluster that this job was submitted to.
+
+    export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=/srv/msm/ray_token        # as on the head: a submission sends no token otherwise
+    ray job submit --address http://127.0.0.1:8265 --submission-id nightly-2026-11-20 --working-dir . \\
+        --runtime-env-json '{"env_vars": {"MSM_HOME": "/srv/msm"}}' -- python jobs/run_fleet.py --as-of 2026-11-20
+
+The shell's environment does not travel with a job; of ours only the path MSM_HOME needs to. The database address is read on each
+node, never sent: from MSM_DATABASE_URL or MSM_DATABASE_URL_FILE in the node's own environment, or the url file under MSM_HOME. A
+second submission with the same id is refused by Ray; a run repeated under another id writes nothing twice. The exit code is that of
+`msm-ray run`, so a partial night shows as a failed job with its report in the log.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from msm_core.database import get_engine
+from msm_ray.executors import make_executor
+from msm_ray.run import Options, run_fleet
+from msm_ray.session import choose_portfolios, parse_as_of
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--file", type=Path, help="fleet.yaml; default: what `prepare` stored")
+    parser.add_argument("--select", action="append", help="portfolio:ew-*, tag:core, status:failed ...; repeat = or")
+    parser.add_argument("--as-of", help="use nothing later: 2026-11-20 or 2026-11-20T21:00:00Z; default: now")
+    parser.add_argument("--full-refresh", action="store_true", help="compute from scratch, replacing each portfolio atomically")
+    parser.add_argument("--batch-size", type=int, help="most nodes per batch; default: by work")
+    parser.add_argument("--task-timeout", type=float, default=1800.0, help="wall-clock limit of one batch, seconds")
+    arguments = parser.parse_args()
+    engine = get_engine()
+    configurations, signals = choose_portfolios(engine, arguments.file, arguments.select)
+    options = Options(
+        batch_size=arguments.batch_size,
+        full_refresh=arguments.full_refresh,
+        signals_selected=signals,
+        arguments={"job": "run_fleet", "select": arguments.select},
+    )
+    executor = make_executor("ray", arguments.task_timeout)
+    try:
+        report = run_fleet(engine, configurations, executor, parse_as_of(arguments.as_of), options)
+    finally:
+        executor.close()
+    print(json.dumps({**report.summary(), "failures": [[r.identifier, r.error] for r in report.failures()]}, default=str))
+    return report.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
