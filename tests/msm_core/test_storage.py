@@ -267,6 +267,8 @@ def test_an_incompatible_table_fails_only_those_who_read_it(engine, columns):  #
     """It is told by the name of the source, as a failure of its own portfolios."""
     factories.open_market(engine, pd.DataFrame({"A": [1.0, 2.0]}, factories.closes_of("2024-01-02", 2)))
     factories.sql(engine, f"CREATE TABLE strange ({columns})")
+    asset = "7" if "bigint" in columns else "'A'"
+    factories.sql(engine, f"INSERT INTO strange VALUES ('2024-01-02 21:00Z', {asset}, 1), ('2024-01-03 21:00Z', {asset}, 2)")  # noqa: S608
     uid = catalogue(engine, "strange", "StrangePrices")
     fleet = [factories.portfolio("bad", factories.fixed(A=1.0), source=uid), factories.portfolio("good", factories.fixed(A=1.0))]
     report = factories.run(engine, fleet, "2024-01-10")
