@@ -14,6 +14,7 @@ class Settings(BaseSettings):
     home                     `MSM_HOME`: state of this installation (embedded database, tokens); default `./.msm`
     auto_register_namespace  `MSM_AUTO_REGISTER_NAMESPACE`: prefix of identifiers and suffix of tables; empty = default namespace
     pg_bin                   `MSM_PG_BIN`: folder of initdb and postgres, instead of the embedded wheel
+    ray_allow_unauthenticated  `MSM_RAY_ALLOW_UNAUTHENTICATED`: use a remote Ray cluster although it asks for no token
     """
 
     model_config = SettingsConfigDict(env_prefix="MSM_", extra="ignore")
@@ -23,6 +24,7 @@ class Settings(BaseSettings):
     home: Path = Field(default_factory=lambda: Path(".msm"))
     auto_register_namespace: str = ""
     pg_bin: Path | None = None
+    ray_allow_unauthenticated: bool = False
 
     @property
     def state_path(self) -> Path:

@@ -378,6 +378,9 @@ def show_report(report: RunReport, output: Output) -> None:
             }
         )
         return
+    if not report.results:
+        out.print("Nothing to do.")
+        return
     counts = report.counts()
     text = f"{counts['landed']} landed · {counts['up_to_date']} up to date · {counts['failed']} failed · {counts['skipped']} skipped"
     out.print(f"{text} · {report.rows_written:,} rows · {report.seconds:.1f} s", highlight=False)

@@ -11,6 +11,7 @@ import os
 import secrets
 import threading
 import time
+import urllib.request
 import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -130,7 +131,9 @@ class RayExecutor:
     def _connect(self, ray: Any) -> None:
         if not ray.is_initialized():
             local: dict[str, Any] = {"include_dashboard": False, "num_cpus": self._workers} if self._started_here else {}
-            ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
+            context = ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
+            if not self._started_here:
+                refuse_open_cluster(context.dashboard_url)
         ray.get(ray.remote(num_cpus=1)(_ping).remote(), timeout=START_SECONDS_MAX)  # a worker that cannot start must show here
 
     @functools.cached_property
@@ -186,6 +189,26 @@ class RayExecutor:
         self._starter.release()
 
 
+def refuse_open_cluster(dashboard_url: str | None) -> None:
+    """Raises RayUnavailable when a cluster's dashboard, reachable from other machines, answers without a token.
+
+    Whoever reaches such a dashboard may run any code on the cluster (CVE-2023-48022). One on loopback is left to its host.
+    """
+    if not dashboard_url or Settings().ray_allow_unauthenticated:
+        return
+    host = dashboard_url.rsplit(":", 1)[0]
+    if host in ("localhost", "[::1]") or host.startswith("127."):
+        return
+    try:
+        with urllib.request.urlopen(f"http://{dashboard_url}/api/jobs/", timeout=5) as answer:
+            is_open = answer.status == 200
+    except OSError:  # refused, unreachable, or 401: nobody gets in without a token this way
+        is_open = False
+    if is_open:
+        remedy = "Start it with RAY_AUTH_MODE=token, or set MSM_RAY_ALLOW_UNAUTHENTICATED=1 if its network is closed."
+        raise RayUnavailable(why=f"the cluster at {host} answers without a token", remedy=remedy)
+
+
 def _ping() -> str:
     return "pong"
 
@@ -233,6 +256,8 @@ class _Starter:
         remedy = "Check that no stale Ray processes are in the way (`ray status`), or run with --executor local."
         if not settled.wait(seconds):
             raise RayUnavailable(why=f"no answer within {seconds:.0f} s", remedy=remedy)
+        if errors and isinstance(errors[0], RayUnavailable):
+            raise errors[0]
         if errors:
             why = redact(f"{type(errors[0]).__name__}: {errors[0]}").strip().splitlines()[0]
             raise RayUnavailable(why=why, remedy=remedy) from errors[0]

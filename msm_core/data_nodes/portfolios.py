@@ -14,7 +14,7 @@ from sqlalchemy import Connection
 from msm_core.configuration import PortfolioConfiguration, PriceAlignmentPolicy, PriceSource
 from msm_core.construction import Construction, Market, State, align, construct, required_assets, window_end
 from msm_core.copying import Block, Text, execute
-from msm_core.data_nodes.base import input_digest
+from msm_core.data_nodes.base import NodeResult, input_digest
 from msm_core.data_nodes.calendars import resolve_calendars
 from msm_core.data_nodes.signals import SignalWeights
 from msm_core.errors import MsmError, SourceNotRegistered, StateLost, UnknownAssets
@@ -65,10 +65,28 @@ class PortfoliosDataNode(BaseModel):
     def scopes(self) -> tuple[Scope, ...]:
         return portfolio_scopes(self.portfolio_configuration)
 
+    @property
+    def data_node_uid(self) -> uuid.UUID:
+        """Uid of its progress row, to which the Portfolio row points."""
+        return self.scopes[0].uid
+
     def dependencies(self) -> dict[str, SignalWeights | PriceSource]:
         """Exactly the signal node and the explicit price source."""
         signal = SignalWeights(signal_weights_instance=self.portfolio_configuration.signal)
         return {"signal_weights": signal, "price_source": self.portfolio_configuration.price_source}
+
+    def run(
+        self, debug_mode: bool = True, update_tree: bool = True, force_update: bool = False, as_of: datetime | None = None
+    ) -> NodeResult:
+        """Bring this portfolio up to date in this process, its signal first if `update_tree`; asked again, it writes nothing.
+
+        debug_mode, force_update  accepted for callers of the documented form; an update is always in this process and idempotent
+        as_of                     nothing later is used; default: now, by the database's clock
+        Raises NodeFailed with what is wrong, StorageNotPrepared.
+        """
+        from msm_core.data_nodes.local import run_portfolio  # it stands above this module: it plans and registers too
+
+        return run_portfolio(self, as_of, update_tree)
 
     @property
     def since(self) -> datetime | None:
@@ -78,6 +96,14 @@ class PortfoliosDataNode(BaseModel):
     @property
     def assets(self) -> tuple[str, ...]:
         return required_assets(self.portfolio_configuration, () if self.replace else self.held)
+
+
+class PortfolioWeights(PortfoliosDataNode):
+    """The same update, seen from its weights: weights and values of a portfolio land in one transaction or not at all."""
+
+    @property
+    def data_node_uid(self) -> uuid.UUID:
+        return self.scopes[1].uid
 
 
 def portfolio_scopes(configuration: PortfolioConfiguration) -> tuple[Scope, ...]:

@@ -10,7 +10,7 @@ from sqlalchemy import Connection
 
 from msm_core.configuration import AnySignal
 from msm_core.copying import Block, Text
-from msm_core.data_nodes.base import input_digest
+from msm_core.data_nodes.base import NodeResult, input_digest
 from msm_core.errors import InvalidWeight, UnknownAssets
 from msm_core.frames import iso, to_datetime, utc
 from msm_core.models import SignalWeightsStorage
@@ -35,9 +35,22 @@ class SignalWeights(BaseModel):
     def scopes(self) -> tuple[Scope, ...]:
         return (Scope(SignalWeightsStorage, self.identifier),)
 
+    @property
+    def data_node_uid(self) -> uuid.UUID:
+        """Uid of its progress row, to which Portfolio rows point."""
+        return self.scopes[0].uid
+
     def dependencies(self) -> dict[str, BaseModel]:
         """Constant signals need nothing."""
         return {}
+
+    def run(
+        self, debug_mode: bool = True, update_tree: bool = True, force_update: bool = False, as_of: datetime | None = None
+    ) -> NodeResult:
+        """Bring this signal up to date in this process; see `PortfoliosDataNode.run` for the arguments."""
+        from msm_core.data_nodes.local import run_signal  # it stands above this module
+
+        return run_signal(self, as_of)
 
 
 @dataclass(frozen=True)

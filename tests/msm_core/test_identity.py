@@ -225,13 +225,10 @@ def test_refused_with_its_place(value, why):
     assert told.value.facts["path"] == "$.weights[1].AAPL"
 
 
-def test_two_spellings_of_one_key_are_not_merged():
-    """{1: ..., "1": ...} has two entries; a uid that forgets one is shared by different meanings."""
-    both, one = {1: "a", "1": "b"}, {"1": "b"}
-    try:
-        assert canonical_json(both) != canonical_json(one)
-    except NotCanonical:
-        pass  # refusing is as good
+def test_keys_that_would_merge_are_refused():
+    """{1: ..., "1": ...} has two entries; a uid that forgets one would be shared by different meanings."""
+    with pytest.raises(NotCanonical):
+        canonical({1: "a", "1": "b"})
 
 
 def test_uid_is_a_uuid_too():

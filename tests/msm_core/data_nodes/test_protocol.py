@@ -67,8 +67,18 @@ def outputs(engine: Engine) -> dict[str, Any]:
     return {table: version for table, version in factories.versions(engine).items() if table in tables}
 
 
+_references: dict[tuple[tuple[str, ...], tuple[str, ...]], dict[str, Any]] = {}
+
+
 def reference(engine: Engine, fleet: list[PortfolioConfiguration], *nights: str) -> dict[str, Any]:
-    """The digest of an undisturbed run; afterwards nothing of it is left."""
+    """The digest of an undisturbed run, made once per session; afterwards nothing of it is left in the database."""
+    key = (tuple(c.identifier for c in fleet), nights)
+    if key not in _references:
+        _references[key] = _undisturbed(engine, fleet, *nights)
+    return _references[key]
+
+
+def _undisturbed(engine: Engine, fleet: list[PortfolioConfiguration], *nights: str) -> dict[str, Any]:
     for night in nights:
         assert factories.run(engine, fleet, night, registered=True).exit_code == 0
     digest = factories.dump(engine)
