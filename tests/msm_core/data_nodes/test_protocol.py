@@ -63,8 +63,7 @@ def statuses(results: list[NodeResult]) -> dict[str, str]:
 
 def outputs(engine: Engine) -> dict[str, Any]:
     """Everything that a portfolio batch may write: rows, progress and pointers, with the transactions that wrote them."""
-    tables = (*factories.OUTPUTS, factories.PROGRESS, "msm__portfolio")
-    return {table: version for table, version in factories.versions(engine).items() if table in tables}
+    return factories.versions(engine, (*factories.OUTPUTS, factories.PROGRESS, "msm__portfolio"))
 
 
 _references: dict[tuple[tuple[str, ...], tuple[str, ...]], dict[str, Any]] = {}
