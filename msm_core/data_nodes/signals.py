@@ -1,5 +1,6 @@
 """Signal nodes: each distinct signal is computed once per run, whoever follows it."""
 
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
