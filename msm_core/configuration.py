@@ -3,10 +3,11 @@
 Everything under `portfolio_build_configuration` changes numbers and is identity; `portfolio_markets_configuration` describes.
 """
 
+from collections.abc import Mapping
 from datetime import date, timedelta
 from enum import StrEnum
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 from uuid import UUID
 
 from pydantic import BeforeValidator, ConfigDict, Field, SerializeAsAny, field_validator
@@ -124,6 +125,13 @@ class PortfolioConfiguration(Spec):
     kind: Literal["portfolio"] = "portfolio"
     portfolio_build_configuration: PortfolioBuildConfiguration
     portfolio_markets_configuration: PortfolioMarketsConfig
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """As pydantic's, but without the identities that were worked out for the original."""
+        copied = super().model_copy(update=update, deep=deep)
+        for name in ("configuration_hash", "signal_uid"):
+            vars(copied).pop(name, None)
+        return copied
 
     @cached_property
     def configuration_hash(self) -> str:

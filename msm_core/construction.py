@@ -11,13 +11,12 @@ import numpy as np
 
 from msm_core.configuration import PortfolioConfiguration, PriceAlignmentPolicy
 from msm_core.errors import MissingPrices, ScopeUndetermined
-from msm_core.frames import NEVER, Floats, LastTrade, Series, Times
+from msm_core.frames import NEVER, TICK, Floats, LastTrade, Series, Times
 from msm_core.sessions import Sessions
 from msm_core.signals import Vectors
 from msm_core.valuation import ACCOUNTINGS, Bars, Events, Opening, Trades
 
 UTC_MIDNIGHT = np.timedelta64(0, "us")
-TICK = np.timedelta64(1, "us")
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ def _known(bars: Series, sessions: Sessions, time_label: str) -> Series:
         return bars
     dates = _local_dates(bars.times, sessions)
     row = np.searchsorted(sessions.dates, dates)
-    is_session = (row < len(sessions.dates)) & (sessions.dates[np.minimum(row, len(sessions.dates) - 1)] == dates)
+    is_session = np.isin(dates, sessions.dates)
     return Series(sessions.closes[row[is_session]], bars.values[is_session], bars.volumes[is_session])
 
 
@@ -204,13 +203,18 @@ def _begin(configuration: PortfolioConfiguration, market: Market, vectors: Vecto
         earliest = np.datetime64(configuration.start_date, "us")
         begin = int(np.searchsorted(sessions.dates, earliest.astype("datetime64[D]")))
     else:
-        first_vector = market.columns([a for a, w in zip(vectors.assets, vectors.weights[0], strict=True) if w != 0])
-        earliest = max([vectors.times[0], *market.first_bar[first_vector]])
+        earliest = min(_priced_from(market, vectors, v) for v in range(len(vectors.times)))
         begin = _first_priced_session(configuration, market, vectors, end)
-    if earliest > end or begin == len(sessions.closes):
+    if earliest > end:
         return begin, end
     sessions.require(earliest, end)
-    return begin, sessions.closes[begin] - TICK
+    return begin, (sessions.closes[begin] - TICK if begin < len(sessions.closes) else end)
+
+
+def _priced_from(market: Market, vectors: Vectors, vector: int) -> np.datetime64:
+    """When a vector is known and the last of its assets has had its first bar; one that wants nothing waits for all it names."""
+    wanted = [a for a, w in zip(vectors.assets, vectors.weights[vector], strict=True) if w != 0] or vectors.assets
+    return max([vectors.times[vector], *market.first_bar[market.columns(wanted)]])
 
 
 def _first_priced_session(configuration: PortfolioConfiguration, market: Market, vectors: Vectors, end: np.datetime64) -> int:
@@ -293,7 +297,7 @@ def _published(configuration: PortfolioConfiguration, market: Market, rows: slic
     if override is None:
         return values[begun]
     bars = _bars(market, (override,), rows)
-    bars.require(np.flatnonzero(begun), np.ones((int(begun.sum()), 1), bool), configuration.identifier)
+    bars.require(begun[:, None], configuration.identifier)
     return bars.prices[begun, 0]
 
 

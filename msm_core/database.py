@@ -17,7 +17,7 @@ from msm_core.errors import ConfigurationError, DatabaseNotConfigured, DatabaseU
 from msm_core.settings import Settings
 
 POSTGRES_VERSION_MIN = 15
-TRANSIENT_SQLSTATES = ("40001", "40P01", "55P03", "53300", "57P01", "57P02", "57P03")
+TRANSIENT_SQLSTATES = ("40001", "40P01", "55P03", "53300", "57P01", "57P02", "57P03", "57P05")
 TRANSIENT_SQLSTATE_CLASSES = ("08",)  # connection exceptions
 ATTEMPTS_MAX = 8
 IDLE_TIMEOUT = "60s"

@@ -16,6 +16,7 @@ Times = np.ndarray  # datetime64[us], UTC
 Floats = np.ndarray  # float64
 
 DAY = np.timedelta64(1, "D")
+TICK = np.timedelta64(1, "us")  # the resolution of stored times
 NEVER = np.datetime64("NaT", "us")
 
 

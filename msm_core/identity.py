@@ -47,10 +47,13 @@ def canonical(value: Any, path: str = "$") -> Any:
         case BaseModel():
             return canonical(value.model_dump(), path)
         case Mapping():
-            return {str(key): canonical(item, f"{path}.{key}") for key, item in value.items()}
+            plain = {str(key): canonical(item, f"{path}.{key}") for key, item in value.items()}
+            if len(plain) < len(value):
+                raise NotCanonical(value=repr(dict(value)), path=path, why="two of its keys, such as 1 and '1', are the same text")
+            return plain
         case set() | frozenset():
             return sorted((canonical(item, f"{path}{{}}") for item in value), key=lambda item: json.dumps(item, sort_keys=True))
-        case Sequence():
+        case Sequence() if not isinstance(value, (bytes, bytearray, memoryview)):
             return [canonical(item, f"{path}[{i}]") for i, item in enumerate(value)]
     raise NotCanonical(value=repr(value), path=path, why=f"{type(value).__name__} is not a plain value")
 

@@ -15,7 +15,7 @@ from sqlalchemy import Connection
 
 from msm_core.copying import Block, concatenate, copy_in, execute, fetch
 from msm_core.errors import ProgressConflict, SourceUnusable, StorageNotPrepared
-from msm_core.frames import LastTrade, Series, SignalRows, to_datetime
+from msm_core.frames import LastTrade, Series, SignalRows, to_datetime, utc
 from msm_core.identity import node_uid
 from msm_core.models import (
     AssetTable,
@@ -32,6 +32,7 @@ from msm_core.models import (
 from msm_core.rows import document, upsert_rows
 from msm_core.sessions import Sessions
 
+NUMERIC_TYPES = {"double precision", "real", "numeric", "smallint", "integer", "bigint"}
 BEGINNING = datetime.min.replace(tzinfo=UTC)
 
 # -- catalogue ----------------------------------------------------------------------------------------------------------------
@@ -39,13 +40,18 @@ BEGINNING = datetime.min.replace(tzinfo=UTC)
 
 @dataclass(frozen=True)
 class Source:
-    """A price storage as the catalogue knows it, with the numeric columns of its live table."""
+    """A price storage as the catalogue knows it. `columns`: name -> type of its live table; `readable`: this role may select."""
 
     uid: uuid.UUID
     identifier: str
     table: str
     time_label: str
-    columns: frozenset[str]
+    columns: Mapping[str, str]
+    readable: bool
+
+    @property
+    def numeric(self) -> list[str]:
+        return sorted(name for name, type_ in self.columns.items() if type_.split("(")[0] in NUMERIC_TYPES)
 
 
 def verify_prepared(connection: Connection, tables: Iterable[type[MetaTable]] | None = None) -> None:
@@ -61,14 +67,13 @@ def read_sources(connection: Connection, uids: Iterable[uuid.UUID]) -> dict[uuid
     """Catalogue entries by uid; those that are not registered, or whose table does not exist, are absent."""
     statement = sql.SQL("""
         SELECT m.uid, m.identifier, m.physical_table_name, m.time_label,
-               coalesce(array_agg(a.attname::text) FILTER (WHERE t.typcategory = 'N'), '{{}}')
+               jsonb_object_agg(a.attname, format_type(a.atttypid, a.atttypmod)), has_table_privilege(a.attrelid, 'SELECT')
         FROM {catalogue} m
-        JOIN pg_attribute a ON a.attrelid = to_regclass(m.physical_table_name) AND a.attnum > 0 AND NOT a.attisdropped
-        JOIN pg_type t ON t.oid = a.atttypid
-        WHERE m.uid = ANY(%(uids)s) GROUP BY m.uid
+        CROSS JOIN LATERAL (SELECT array_agg(quote_ident(n)) FROM unnest(string_to_array(m.physical_table_name, '.')) n) p(parts)
+        JOIN pg_attribute a ON a.attrelid = CASE WHEN cardinality(p.parts) <= 2 THEN to_regclass(array_to_string(p.parts, '.')) END
+        WHERE m.uid = ANY(%(uids)s) AND a.attnum > 0 AND NOT a.attisdropped GROUP BY m.uid, a.attrelid
     """).format(catalogue=_name(TimeIndexMetaTable))
-    found = fetch(connection, statement, {"uids": list(uids)})
-    return {uid: Source(uid, identifier, table, label, frozenset(columns)) for uid, identifier, table, label, columns in found}
+    return {row[0]: Source(*row) for row in fetch(connection, statement, {"uids": list(uids)})}
 
 
 def known_assets(connection: Connection, assets: Iterable[str]) -> set[str]:
@@ -121,9 +126,9 @@ def price_coverage(
     """First and last bar time per asset with a value in `column`, up to `as_of`; an asset without bars is absent."""
     edge = sql.SQL("""
         (SELECT p.time_index FROM {table} p
-         WHERE p.asset_identifier = a.asset AND p.time_index <= %(as_of)s AND p.{column} IS NOT NULL
+         WHERE p.asset_identifier = a.asset AND p.time_index > '-infinity' AND p.time_index <= %(as_of)s AND p.{column} IS NOT NULL
          ORDER BY p.time_index {direction} LIMIT 1)""")
-    parts = {"table": _qualified(source.table), "column": sql.Identifier(column)}
+    parts = {"table": _foreign(*source.table.split(".")), "column": _foreign(column)}
     statement = sql.SQL("SELECT a.asset, {first}, {last} FROM unnest(%(assets)s::text[]) a(asset)").format(
         first=edge.format(direction=sql.SQL("ASC"), **parts), last=edge.format(direction=sql.SQL("DESC"), **parts)
     )
@@ -135,7 +140,7 @@ def read_prices(
     connection: Connection, source: Source, column: str, assets: Sequence[str], since: datetime | None, through: datetime
 ) -> dict[str, Series]:
     """Bars with since <= time <= through, one array row per asset. A null price is no bar. Raises SourceUnusable for duplicate bars."""
-    volume = "coalesce(p.volume::float8, 'NaN')" if "volume" in source.columns else "'NaN'::float8"
+    volume = "coalesce(p.volume::float8, 'NaN')" if "volume" in source.numeric else "'NaN'::float8"
     statement = sql.SQL("""
         SELECT a.asset, s.times, s.prices, s.volumes FROM unnest(%(assets)s::text[]) a(asset) CROSS JOIN LATERAL (
             SELECT array_agg(q.time_index), array_agg(q.price), array_agg(q.volume) FROM (
@@ -143,7 +148,7 @@ def read_prices(
                 WHERE p.asset_identifier = a.asset AND p.time_index >= %(since)s AND p.time_index <= %(through)s AND p.{column} IS NOT NULL
                 ORDER BY p.time_index) q) s(times, prices, volumes)
         WHERE s.times IS NOT NULL
-    """).format(column=sql.Identifier(column), volume=sql.SQL(volume), table=_qualified(source.table))
+    """).format(column=_foreign(column), volume=sql.SQL(volume), table=_foreign(*source.table.split(".")))
     found = fetch(connection, statement, {"assets": list(assets), "since": since or BEGINNING, "through": through})
     series = {asset: Series(*arrays) for asset, *arrays in found}
     for asset, bars in series.items():
@@ -200,7 +205,7 @@ def read_values(connection: Connection, keys: Iterable[ValueKey]) -> dict[ValueK
     """).format(table=_name(PortfoliosStorage))
     unique = sorted(set(keys))
     found = fetch(connection, statement, {"ids": [k for k, _ in unique], "times": [to_datetime(t) for _, t in unique]})
-    return {(i, np.datetime64(time.replace(tzinfo=None), "us")): (close, calculated) for i, time, close, calculated in found}
+    return {(i, utc(time, "time_index")): (close, calculated) for i, time, close, calculated in found}
 
 
 # -- progress -----------------------------------------------------------------------------------------------------------------
@@ -313,6 +318,6 @@ def _name(table: type[MetaTable]) -> sql.Identifier:
     return sql.Identifier(table.__tablename__)
 
 
-def _qualified(name: str) -> sql.Composable:
-    """A catalogue entry's table, quoted part by part."""
-    return sql.Identifier(*name.split("."))
+def _foreign(*parts: str) -> sql.Identifier:
+    """A name chosen by others, quoted part by part; psycopg takes a percent sign for a placeholder even inside quotes."""
+    return sql.Identifier(*(part.replace("%", "%%") for part in parts))

@@ -46,13 +46,12 @@ class Bars:
         """(T, N) mask of prices that may be used: finite and above 0."""
         return np.isfinite(self.prices) & (self.prices > 0)
 
-    def require(self, rows: np.ndarray, needed: np.ndarray, portfolio: str) -> None:
-        """Raises MissingPrice or InvalidPrice for the earliest unusable cell among the needed ones, (R, N) at `rows` (R,)."""
-        bad = needed & ~self.valid()[rows]
+    def require(self, needed: np.ndarray, portfolio: str) -> None:
+        """Raises MissingPrice or InvalidPrice for the earliest unusable cell among the needed ones, a mask (T, N)."""
+        bad = needed & ~self.valid()
         if not bad.any():
             return
         row, asset = (int(i) for i in np.argwhere(bad)[0])
-        row = int(rows[row])
         facts = {"portfolio": portfolio, "column": self.column, "asset": self.assets[asset], "time": iso(self.times[row])}
         if self.fresh[row, asset]:
             raise InvalidPrice(**facts, value=float(self.prices[row, asset]))
@@ -126,12 +125,12 @@ def value_drifted(bars: Bars, events: Events, fee_rate: float, opening: Opening,
     fee_rate  f, a fraction of traded value; the first purchase pays it too
     Raises MissingPrice, InvalidPrice, InvalidValue. Source: design.md section 6; `bt` agrees (tests/golden).
     """
-    trades = _drifted_trades(bars, events, fee_rate, opening, portfolio)
+    bars.require(_needed(bars, events, opening), portfolio)
+    trades = _drifted_trades(bars, events, fee_rate, opening)
     rows = np.arange(len(bars.times))
     last = np.searchsorted(trades.rows, rows, side="right")  # 0 = the opening position, k = the k-th trade of this window
     held = np.vstack([opening.weights, trades.after])[last]
     struck = np.vstack([opening.prices, bars.prices[trades.rows]])[last]
-    bars.require(rows, held != 0, portfolio)
     values = np.append(opening.trade_value, trades.values)[last] * _growth(held, bars.prices, struck)[0]
     return Valuation(_checked(values, last, bars, opening, portfolio), trades)
 
@@ -143,6 +142,7 @@ def value_target(bars: Bars, events: Events, fee_rate: float, opening: Opening, 
 
     Raises MissingPrice, InvalidPrice, InvalidValue. Source: design.md section 6 (the document's original arithmetic).
     """
+    bars.require(_needed(bars, events, opening), portfolio)
     previous = np.vstack([opening.weights, events.targets[:-1]]) if len(events.rows) else events.targets
     changed = (events.targets != previous).any(axis=1)
     traded, after, before = events.rows[changed], events.targets[changed], previous[changed]
@@ -150,7 +150,6 @@ def value_target(bars: Bars, events: Events, fee_rate: float, opening: Opening, 
     vectors = np.vstack([opening.weights, after])
     last = np.searchsorted(traded, rows, side="right")
     held, wanted = vectors[np.searchsorted(traded, rows, side="left")], vectors[last]
-    bars.require(rows, (held != 0) | (wanted != 0), portfolio)
     returns = _ratio(held, bars.prices, np.vstack([bars.opening_prices, bars.prices[:-1]])) - 1.0
     change = ordered_sum(held * returns) - fee_rate * ordered_sum(np.abs(wanted - held))
     values = np.cumprod(np.append(opening.value, 1.0 + change))[1:]  # a recursion from the stored value, never seed * cumprod
@@ -160,7 +159,18 @@ def value_target(bars: Bars, events: Events, fee_rate: float, opening: Opening, 
 ACCOUNTINGS = {"drifted": value_drifted, "target": value_target}
 
 
-def _drifted_trades(bars: Bars, events: Events, fee_rate: float, opening: Opening, portfolio: str) -> Trades:
+def _needed(bars: Bars, events: Events, opening: Opening) -> np.ndarray:
+    """(T, N) mask of prices without which there is no value: of what is held into an instant, and of what is wanted from it on.
+
+    An event that does not trade wants exactly what is held, so the pattern of targets is the pattern of holdings.
+    """
+    rows = np.arange(len(bars.times))
+    wanted = np.vstack([opening.weights, events.targets]) != 0
+    into, onwards = (wanted[np.searchsorted(events.rows, rows, side=side)] for side in ("left", "right"))
+    return into | onwards
+
+
+def _drifted_trades(bars: Bars, events: Events, fee_rate: float, opening: Opening) -> Trades:
     """The events that trade, as if by a loop: an event without turnover is passed over, so the position struck before it lives on.
 
     Almost always every event trades, so a whole block is computed at once on that assumption, kept up to its first idle event, and
@@ -171,7 +181,7 @@ def _drifted_trades(bars: Bars, events: Events, fee_rate: float, opening: Openin
     start, size = 0, len(events.rows)
     while start < len(events.rows):
         rows, targets = events.rows[start : start + size], events.targets[start : start + size]
-        block, idle = _trade_every(bars, rows, targets, fee_rate, value, weights, prices, portfolio)
+        block, idle = _trade_every(bars, rows, targets, fee_rate, value, weights, prices)
         kept = int(idle.argmax()) if idle.any() else len(rows)
         if kept:
             blocks.append(Trades(rows[:kept], targets[:kept], block.before[:kept], block.values[:kept]))
@@ -184,17 +194,17 @@ def _drifted_trades(bars: Bars, events: Events, fee_rate: float, opening: Openin
 
 
 def _trade_every(
-    bars: Bars, rows: np.ndarray, targets: Floats, fee_rate: float, value: float, weights: Floats, prices: Floats, portfolio: str
+    bars: Bars, rows: np.ndarray, targets: Floats, fee_rate: float, value: float, weights: Floats, prices: Floats
 ) -> tuple[Trades, np.ndarray]:
     """Trades at all of `rows` from a position (value, weights, prices), and the mask (E,) of those where nothing changed hands."""
     held = np.vstack([weights, targets[:-1]])
-    bars.require(rows, (held != 0) | (targets != 0), portfolio)
     growth, ratio = _growth(held, bars.prices[rows], np.vstack([prices, bars.prices[rows[:-1]]]))
     with np.errstate(divide="ignore", invalid="ignore"):  # a ruined portfolio is told by its value, later
         before = held * ratio / growth[:, None]
     turnover = ordered_sum(np.abs(targets - before))
     factors = np.column_stack([growth, 1.0 - fee_rate * turnover]).ravel()  # drift, fee, drift, fee ...
-    values = np.cumprod(np.append(value, factors))[2::2]
+    drifted, traded = np.cumprod(np.append(value, factors))[1:].reshape(-1, 2).T
+    values = np.where(drifted > 0, traded, drifted)  # a fee on a ruin must not make it positive again
     return Trades(rows, targets, before, values), turnover == 0
 
 

@@ -10,7 +10,7 @@ from psycopg import sql
 from sqlalchemy import Connection
 
 from msm_core.copying import fetch
-from msm_core.frames import iso
+from msm_core.frames import iso, utc
 from msm_core.models import (
     AssetTable,
     DataNodeUpdateTable,
@@ -72,7 +72,7 @@ def _totals(connection: Connection, storage: type[StorageTable]) -> dict[str, _S
         FROM {table} GROUP BY 1
     """).format(scope=sql.Identifier(storage.__scope__), fields=fields, table=_name(storage))
     found = fetch(connection, statement, {})
-    return {scope: _ScopeTotals(rows, np.datetime64(newest.replace(tzinfo=None), "us"), digest) for scope, rows, newest, digest in found}
+    return {scope: _ScopeTotals(rows, utc(newest, "time_index"), digest) for scope, rows, newest, digest in found}
 
 
 def _bytes(column: str, type_: type) -> sql.Composed:
@@ -105,7 +105,7 @@ def _progress_violations(connection: Connection, storage: type[StorageTable], to
         stored = totals.get(scope)
         if rows != (stored.rows if stored else 0):
             found.append(f"{storage.__concept__}: {scope} holds {stored.rows if stored else 0} rows, its progress says {rows}")
-        reached = None if watermark is None else np.datetime64(watermark.replace(tzinfo=None), "us")
+        reached = None if watermark is None else utc(watermark, "watermark")
         if stored is None:
             continue
         beyond = reached is None or stored.newest > reached

@@ -16,7 +16,7 @@ import msm_core
 from msm_core.copying import execute, fetch
 from msm_core.data_nodes.base import NodeResult
 from msm_core.errors import RunNotFound
-from msm_core.models import PortfoliosStorage, RunNodeTable, RunTable, SignalWeightsStorage
+from msm_core.models import DataNodeUpdateTable, PortfoliosStorage, RunNodeTable, RunTable, SignalWeightsStorage
 from msm_core.rows import document, upsert_rows
 from msm_core.storage import Scope
 from msm_ray.executors import CODE_VERSION
@@ -113,12 +113,13 @@ def unfinished(connection: Connection, root: uuid.UUID) -> list[tuple[str, str]]
 
 
 def last_results(connection: Connection) -> dict[str, dict[str, Any]]:
-    """Newest result per portfolio: status, error, watermark."""
+    """Newest result per portfolio: status, error, watermark. One index probe each, however long the history of runs."""
     statement = sql.SQL("""
-        SELECT DISTINCT ON (n.node_uid) n.identifier, n.status, n.error, n.watermark
-        FROM {node} n JOIN {run} r ON r.uid = n.run_uid WHERE n.kind = 'portfolio' ORDER BY n.node_uid, r.started_at DESC
-    """).format(run=RUN, node=NODE)
-    found = fetch(connection, statement, {})
+        SELECT d.scope, n.status, n.error, n.watermark FROM {progress} d CROSS JOIN LATERAL (
+            SELECT status, error, watermark FROM {node} WHERE node_uid = d.uid ORDER BY recorded_at DESC LIMIT 1) n
+        WHERE d.storage = %(storage)s
+    """).format(progress=sql.Identifier(DataNodeUpdateTable.__tablename__), node=NODE)
+    found = fetch(connection, statement, {"storage": PortfoliosStorage.logical_name()})
     return {identifier: {"status": status, "error": error, "watermark": watermark} for identifier, status, error, watermark in found}
 
 

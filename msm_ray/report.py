@@ -25,7 +25,7 @@ td:first-child, th:first-child { text-align: left } caption { text-align: left; 
 </style></head><body><h1>{{ title }}</h1>
 <p>{% for name, value in facts.items() %}<b>{{ value }}</b> {{ name }}{{ " · " if not loop.last }}{% endfor %}</p>
 {{ chart }}
-<table><caption>Best and worst by annual growth: (last / first value) ^ (365.25 / days) - 1, fees included.</caption>
+<table><caption>Best and worst by annual growth: value ^ (365.25 / days) - 1, fees included.</caption>
 <tr><th>portfolio</th><th>from</th><th>to</th><th>value of 1.0</th><th>a year</th></tr>
 {% for p in extremes %}<tr><td>{{ p.identifier }}</td><td>{{ p.first.date() }}</td><td>{{ p.last.date() }}</td>
 <td>{{ "%.4f"|format(p.close) }}</td><td>{{ "%+.2f %%"|format(100 * p.growth) }}</td></tr>{% endfor %}</table>

@@ -453,9 +453,17 @@ def upgrade() -> None:
         sa.Column("watermark", sa.DateTime(timezone=True), nullable=True, comment="computed through this instant afterwards"),
         sa.Column("attempts", sa.Integer(), server_default="1", nullable=False, comment="times the node was tried"),
         sa.Column("seconds", sa.Float(precision=53), server_default="0", nullable=False, comment="share of its batch's time"),
+        sa.Column(
+            "recorded_at",
+            sa.DateTime(timezone=True),
+            server_default=sa.text("now()"),
+            nullable=False,
+            comment="when the result was recorded",
+        ),
         sa.ForeignKeyConstraint(["run_uid"], [t("run") + ".uid"], ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("run_uid", "node_uid"),
     )
+    op.create_index(None, t("run_node"), ["node_uid", "recorded_at"], unique=False)
     op.create_table(
         t("portfolio_configuration"),
         sa.Column("uid", sa.Uuid(), nullable=False, comment="made by the client; stable for the life of the row"),

@@ -83,11 +83,16 @@ class Batch(Generic[N]):
 def update_batch(engine: Engine, batch: Batch[N]) -> list[NodeResult]:
     """Bring the batch's nodes up to date. A node's own failure is reported, never raised; only a lost database raises."""
     started = time.perf_counter()
-    with transaction(engine, read_only=True, snapshot=batch.snapshot) as connection:
-        outside = batch.kind.read_outside(connection, batch.nodes, batch.as_of)
-    results = _update(engine, batch, batch.nodes, outside)
+    results = _update(engine, batch, batch.nodes, _read_outside(engine, batch))
     share = (time.perf_counter() - started) / max(len(results), 1)
     return [NodeResult(**{**vars(r), "seconds": share}) for r in results]
+
+
+def _read_outside(engine: Engine, batch: Batch[Any]) -> Any:
+    for attempt in retrying():
+        with attempt, transaction(engine, read_only=True, snapshot=batch.snapshot) as connection:
+            return batch.kind.read_outside(connection, batch.nodes, batch.as_of)
+    raise AssertionError("unreachable: the last attempt raises")
 
 
 def _update(engine: Engine, batch: Batch[N], nodes: Sequence[N], outside: Any) -> list[NodeResult]:

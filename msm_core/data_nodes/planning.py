@@ -18,7 +18,7 @@ from msm_core.data_nodes.base import failure_facts
 from msm_core.data_nodes.portfolios import SESSION_DATE_MARGIN, PortfoliosDataNode, portfolio_scopes
 from msm_core.data_nodes.signals import SignalWeights
 from msm_core.errors import MissingPrices, MsmError, SourceNotRegistered, SourceUnusable, UnknownAssets
-from msm_core.frames import utc
+from msm_core.frames import TICK, to_datetime, utc
 from msm_core.models import SignalWeightsStorage
 from msm_core.signals import CODE_VERSION as SIGNAL_CODE_VERSION
 from msm_core.signals import Signal
@@ -29,6 +29,7 @@ Reason = Literal[
     "new", "configuration changed", "code changed", "full refresh", "inputs advanced", "previous failure", "up to date", "invalid"
 ]
 NodeT = TypeVar("NodeT", SignalWeights, PortfoliosDataNode)
+TEXT_TYPES = {"text", "character varying"}
 Coverage = Mapping[tuple[uuid.UUID, str], Mapping[str, tuple[datetime, datetime]]]
 
 
@@ -37,7 +38,7 @@ class NodePlan(Generic[NodeT]):
     """One node of a plan. `node` is None when there is nothing to do, or when `error` says that nothing can be done.
 
     start, end  the window is (start, end]; start None = from the beginning
-    limited_by  the required asset whose prices end the window first
+    limited_by  what ends the window first: a required asset, "signal" (its vector expires) or "as of"
     """
 
     identifier: str
@@ -107,7 +108,7 @@ def plan_portfolio(
     """Reason, window and work of one portfolio; what cannot work (unknown assets, no prices, bad source) is told here, by name."""
     try:
         return _plan_portfolio(configuration, world, as_of, full_refresh)
-    except MsmError as error:
+    except Exception as error:  # one portfolio's trouble, foreseen or not, must not stop the fleet's plan
         return NodePlan(configuration.identifier, "invalid", None, error=failure_facts(error))
 
 
@@ -128,7 +129,7 @@ def _plan_portfolio(
         raise UnknownAssets(owner=identifier, assets=", ".join(unknown))
     if error := _source_error(configuration, world.sources):
         raise error
-    end, limit = _window_end(configuration, world, required, start, as_of)
+    end, limit = min(_priced_end(configuration, world, required, start, as_of), _signal_end(configuration, world, as_of))
     window = NodePlan[PortfoliosDataNode](identifier, reason, None, start, end, limit)
     if start is not None and end <= start:
         return replace(window, reason="up to date")
@@ -163,18 +164,24 @@ def _source_error(configuration: PortfolioConfiguration, sources: Mapping[uuid.U
             source=str(uid), known=", ".join(sorted(s.identifier for s in sources.values())) or "none of this fleet's"
         )
     source = sources[uid]
-    if column not in source.columns:
-        numeric = ", ".join(sorted(source.columns))
-        return SourceUnusable(source=source.identifier, why=f"it has no numeric column {column!r}, only {numeric}; set price_column")
-    if configuration.rebalance.needs_volume and "volume" not in source.columns:
-        return SourceUnusable(source=source.identifier, why=f"{configuration.rebalance.kind} needs a volume column")
-    return None
+    wrong = [
+        (not source.readable, "this database role may not read it; GRANT SELECT on it"),
+        (source.columns.get("asset_identifier", "").split("(")[0] not in TEXT_TYPES, "its asset_identifier must be a text column"),
+        (source.columns.get("time_index") != "timestamp with time zone", "its time_index must be a timestamp with time zone"),
+        (column not in source.numeric, f"it has no numeric column {column!r}, only {', '.join(source.numeric)}; set price_column"),
+        (configuration.rebalance.needs_volume and "volume" not in source.numeric, f"{configuration.rebalance.kind} needs a volume column"),
+    ]
+    why = next((reason for is_wrong, reason in wrong if is_wrong), None)
+    return SourceUnusable(source=source.identifier, why=why) if why else None
 
 
-def _window_end(
+Limit = tuple[datetime, str]  # an end of the window, and what sets it: an asset, "signal" or "as of"
+
+
+def _priced_end(
     configuration: PortfolioConfiguration, world: World, required: Sequence[str], start: datetime | None, as_of: datetime
-) -> tuple[datetime, str | None]:
-    """End of the window as far as prices tell, and the asset that limits it. Raises MissingPrices for a fresh portfolio."""
+) -> Limit:
+    """The first end of the required assets' prices. Raises MissingPrices for a fresh portfolio with an asset that has none."""
     source = world.sources[configuration.price_source.source_uid]
     covered = world.coverage[source.uid, configuration.price_column]
     absent = [a for a in required if a not in covered]
@@ -184,5 +191,13 @@ def _window_end(
     if absent:
         return start or as_of, absent[0]
     margin = SESSION_DATE_MARGIN if source.time_label == "session_date" else timedelta(0)
-    last, asset = min((covered[a][1] + margin, a) for a in required)
-    return (last, asset) if last < as_of else (as_of, None)
+    return min((covered[a][1] + margin, a) for a in required)
+
+
+def _signal_end(configuration: PortfolioConfiguration, world: World, as_of: datetime) -> Limit:
+    """The last instant at which the signal's newest vector is valid, when no newer one is due; else `as_of`."""
+    signal, fill = configuration.signal, configuration.signal.maximum_forward_fill
+    before = world.progress.get(Scope(SignalWeightsStorage, configuration.signal_uid).uid)
+    if fill is None or before is None or before.watermark is None or plan_signal(signal, world, as_of, full_refresh=False).node:
+        return as_of, "as of"
+    return min((as_of, "as of"), (to_datetime(utc(before.watermark, "watermark") + fill - TICK), "signal"))

@@ -18,7 +18,7 @@ from msm_core.data_nodes.base import NodeResult, input_digest
 from msm_core.data_nodes.calendars import resolve_calendars
 from msm_core.data_nodes.signals import SignalWeights
 from msm_core.errors import MsmError, SourceNotRegistered, StateLost, UnknownAssets
-from msm_core.frames import LastTrade, Series, to_datetime, utc
+from msm_core.frames import TICK, LastTrade, Series, to_datetime, utc
 from msm_core.models import PortfolioIndexValuesStorage, PortfoliosStorage, PortfolioTable, PortfolioWeightsStorage, SignalWeightsStorage
 from msm_core.sessions import Sessions
 from msm_core.signals import Vectors
@@ -325,7 +325,7 @@ def _signal_end(configuration: PortfolioConfiguration, inside: Inside) -> np.dat
     through = inside.signal_progress[configuration.signal_uid]
     if fill is None or through is None:
         return None
-    return utc(through, "signal progress") + fill - np.timedelta64(1, "us")
+    return utc(through, "signal progress") + fill - TICK
 
 
 # -- writing ------------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import uuid
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import BigInteger, CheckConstraint, Float, ForeignKey, Integer, String, Text, UniqueConstraint, Uuid, func
+from sqlalchemy import BigInteger, CheckConstraint, Float, ForeignKey, Index, Integer, String, Text, UniqueConstraint, Uuid, func
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Mapped
 
@@ -70,6 +70,7 @@ class RunNodeTable(MetaTable):
     """What one run did to one node."""
 
     __concept__ = "RunNode"
+    __table_args__ = (Index(None, "node_uid", "recorded_at"),)
     run_uid: Mapped[uuid.UUID] = column(Uuid, "the run", ForeignKey(RunTable.uid, ondelete="CASCADE"), primary_key=True)
     node_uid: Mapped[uuid.UUID] = column(Uuid, "progress row of the node", primary_key=True)
     kind: Mapped[str] = column(String(64), "signal or portfolio")
@@ -81,3 +82,4 @@ class RunNodeTable(MetaTable):
     watermark: Mapped[datetime | None] = instant("computed through this instant afterwards")
     attempts: Mapped[int] = column(Integer, "times the node was tried", server_default="1", default=1)
     seconds: Mapped[float] = column(Float(53), "share of its batch's time", server_default="0", default=0.0)
+    recorded_at: Mapped[datetime] = instant("when the result was recorded", server_default=func.now())

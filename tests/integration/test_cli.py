@@ -82,8 +82,7 @@ def good_entries(count: int) -> list[str]:
 BAD_ENTRIES = [
     "{ id: bad-nan, signal: { kind: equal_weights, asset_list: [a0, a9] } }",
     "{ id: bad-asset, signal: { kind: equal_weights, asset_list: [a0, nowhere] } }",
-    "{ id: bad-calendar, signal: { kind: equal_weights, asset_list: [a0, a1] }, "
-    "rebalance: { kind: immediate_signal, calendar_key: NOSUCH, rebalance_on: week_end } }",
+    "{ id: bad-calendar, signal: { kind: equal_weights, asset_list: [a0] }, rebalance: { kind: immediate_signal, calendar_key: NOSUCH } }",
 ]
 
 

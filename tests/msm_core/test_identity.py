@@ -29,7 +29,6 @@ from msm_core.identity import (
     logical_identifier,
     node_uid,
     physical_name,
-    storage_uid,
 )
 from msm_core.signals import EqualWeights, FixedWeights
 from tests.contracts import nest
@@ -82,7 +81,8 @@ FIXED = "fa16a00d5c1297fd7a23e27883c58372"
 #  "effective_from":"1970-01-01T00:00:00+00:00","kind":"fixed_weights","version":1}, without the line break
 GOLDEN = {
     "fixed": FIXED,
-    # {"asset_list":["BTC","ETH","É"],"effective_from":"1970-01-01T00:00:00+00:00","kind":"equal_weights","override_asset":"SPY","version":1}
+    # {"asset_list":["BTC","ETH","É"],"effective_from":"1970-01-01T00:00:00+00:00","kind":"equal_weights",
+    #  "override_asset":"SPY","version":1}
     "equal": "b8b33b23f330f8e648e679fc34c4bd11",
     # {"calendar_key":"24/7","execution_lag":1,"kind":"immediate_signal","rebalance_on":"month_end","version":1}
     "monthly": "a00fead2429a86195cd3cb76de06d482",
@@ -135,6 +135,10 @@ class Text(StrEnum):
     CLOSE = "close"
 
 
+ALL_IN_A = (
+    '{"asset_unique_identifier_weights":[{"unique_identifier":"A","weight":1}],"effective_from":"1970-01-01T00:00:00+00:00",'
+    '"kind":"fixed_weights","override_asset":null}'
+)
 NOON = datetime(2024, 7, 1, 12, tzinfo=UTC)
 
 
@@ -175,8 +179,7 @@ NOON = datetime(2024, 7, 1, 12, tzinfo=UTC)
         (("É😀\u2028",), '"É😀\u2028"'),
         (
             (FixedWeights.from_signal_configuration(weights={"A": 1}),),
-            '{"asset_unique_identifier_weights":[{"unique_identifier":"A","weight":1}],"effective_from":"1970-01-01T00:00:00+00:00",'
-            '"kind":"fixed_weights","override_asset":null}',
+            ALL_IN_A,
         ),
     ],
 )
@@ -187,7 +190,28 @@ def test_equal_meaning_equal_text(values, text):
 
 
 def test_other_meaning_other_text():
-    values = [1, "1", True, "true", None, "null", [1], {"1": 1}, 1.5, "a", "A", "á", "a\u0301", [], {}, "", 2**53, 2**53 + 1, [[1], 2], [1, [2]]]
+    values = [
+        1,
+        "1",
+        True,
+        "true",
+        None,
+        "null",
+        [1],
+        {"1": 1},
+        1.5,
+        "a",
+        "A",
+        "á",
+        "a\u0301",
+        [],
+        {},
+        "",
+        2**53,
+        2**53 + 1,
+        [[1], 2],
+        [1, [2]],
+    ]
     assert len({canonical_json({"v": value}) for value in values}) == len(values)
 
 
@@ -268,7 +292,7 @@ def test_registry_of_kinds():
     instance = Option(size=4)
     assert options.parse(instance) is instance
     for unknown in ({"kind": "tests.msm_core.test_identity:Option"}, {"size": 3}, {"kind": ["option"]}, {}):
-        with pytest.raises(UnknownKind, match="is not registered. Known kinds: option"):
+        with pytest.raises(UnknownKind, match=r"is not registered\. Known kinds: option"):
             options.parse(unknown)
 
 
@@ -306,6 +330,14 @@ def test_what_changes_numbers_is_identity(change):  # R5, R8
     changed = {**plain, "portfolio_build_configuration": plain["portfolio_build_configuration"] | change}
     assert nest().configuration_hash == type(nest()).model_validate(plain).configuration_hash
     assert type(nest()).model_validate(changed).configuration_hash != nest().configuration_hash
+
+
+def test_a_changed_copy_has_an_identity_of_its_own():
+    original, other = nest(), nest(EqualWeights(asset_list=("A", "B")))
+    before = original.configuration_hash, original.signal_uid  # worked out, and kept
+    changed = original.model_copy(update={"portfolio_build_configuration": other.portfolio_build_configuration})
+    assert (changed.configuration_hash, changed.signal_uid) == (other.configuration_hash, other.signal_uid)
+    assert (original.configuration_hash, original.signal_uid) == before != (other.configuration_hash, other.signal_uid)
 
 
 def test_defaults_spelled_out_are_the_defaults():  # R5

@@ -73,7 +73,7 @@ def test_windows_outside_the_range(start, end, why):  # R65
 
 def test_a_calendar_without_sessions_is_an_error():  # design.md section 3: neither is a no-op
     empty = Sessions("HOLLOW", dates(), times(), times(), np.datetime64("2024-01-01"), np.datetime64("2024-12-31"))
-    with pytest.raises(EmptySchedule, match="calendar HOLLOW has no session in 2024-02-01 00:00Z..2024-03-01 00:00Z"):
+    with pytest.raises(EmptySchedule, match=r"calendar HOLLOW has no session in 2024-02-01 00:00Z\.\.2024-03-01 00:00Z"):
         empty.require(np.datetime64("2024-02-01", "us"), np.datetime64("2024-03-01", "us"))
 
 

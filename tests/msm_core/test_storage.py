@@ -70,7 +70,7 @@ def test_what_is_declared_but_absent_is_named(engine):  # R56, R58
 def test_our_own_price_storage_is_in_the_catalogue(connection):  # R14
     source = one_source(connection, EXTERNAL)
     assert (source.identifier, source.table, source.time_label) == ("ExternalPricesTS", "msm__external_prices", "close")
-    assert source.columns == {"open", "high", "low", "close", "volume", "trade_count", "vwap"}
+    assert set(source.numeric) == {"open", "high", "low", "close", "volume", "trade_count", "vwap"}
 
 
 def test_unknown_sources_are_absent(engine):
@@ -193,7 +193,7 @@ def test_a_hostile_column_name_is_quoted(engine):
     uid = catalogue(engine, "odd")
     with engine.connect() as connection:
         source = one_source(connection, uid)
-        assert source.columns == {name}
+        assert source.numeric == [name]
         assert storage.price_coverage(connection, source, name, ["A"], t("2024-12-31"))["A"][0] == t("2024-01-02 21:00")
         assert storage.read_prices(connection, source, name, ["A"], None, t("2024-12-31"))["A"].values.tolist() == [3.0]
 
@@ -220,7 +220,7 @@ def foreign(engine: Engine) -> uuid.UUID:
 def test_a_foreign_table_is_a_source(engine, foreign):  # R32, R36
     with engine.connect() as connection:
         source = one_source(connection, foreign)
-        assert (source.identifier, source.columns) == ("VendorEod", {"settle", "lots"})
+        assert (source.identifier, source.numeric) == ("VendorEod", ["lots", "settle"])
         coverage = storage.price_coverage(connection, source, "settle", ["A", "B"], t("2024-12-31"))
         assert coverage["A"] == (t("2024-01-02 21:00"), t("2024-01-03 21:00"))
         found = storage.read_prices(connection, source, "settle", ["A", "B"], None, t("2024-12-31"))

@@ -6,13 +6,14 @@ The reference knows nothing but the formulas of design.md section 6, and adds up
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from msm_core.errors import InvalidPrice, InvalidValue, MissingPrice, MsmError
+from msm_core.errors import InvalidPrice, InvalidValue, MissingPrice
 from msm_core.valuation import ACCOUNTINGS, Bars, Events, Opening, Trades, Valuation, value_drifted, value_target
 
 START = np.datetime64("2024-01-01T21:00", "us")
@@ -189,7 +190,9 @@ def test_missing_price(accounting):
     bars = bars_of(columns([100, 101, 102], [50, 50, UNKNOWN]))
     bars.fresh[2, 1] = False
     bars.bar_times[2, 1] = np.datetime64("2024-01-02T21:00", "us")
-    with pytest.raises(MissingPrice, match=r"p: no close of A01 at 2024-01-03 21:00Z \(last bar 2024-01-02 21:00Z, maximum_staleness 0:00:00\)"):
+    with pytest.raises(
+        MissingPrice, match=r"p: no close of A01 at 2024-01-03 21:00Z \(last bar 2024-01-02 21:00Z, maximum_staleness 0:00:00\)"
+    ):
         ACCOUNTINGS[accounting](bars, events_of({0: [0.5, 0.5]}, 2), 0.01, Opening.fresh(2), "p")
     bars.bar_times[2, 1] = np.datetime64("NaT", "us")
     with pytest.raises(MissingPrice, match="last bar never"):
@@ -270,7 +273,9 @@ def reference_drifted(prices: Prices, targets: dict[int, Weights], fee: float, e
             total += weights[a] * (ratio[a] - 1.0)
         before_fee = value * (1.0 + total)
         if row in targets:
-            before = [weights[a] * ratio[a] / (1.0 + total) if exact else weights[a] * ratio[a] * (value / before_fee) for a in range(assets)]
+            before = [
+                weights[a] * ratio[a] / (1.0 + total) if exact else weights[a] * ratio[a] * (value / before_fee) for a in range(assets)
+            ]
             turnover = 0.0
             for a in range(assets):
                 turnover += abs(targets[row][a] - before[a])
@@ -392,7 +397,7 @@ def in_windows(accounting: str, it: World, cuts: Sequence[int]) -> Valuation:
     opening, last_prices = Opening.fresh(it.assets), np.full(it.assets, UNKNOWN)
     parts: list[Valuation] = []
     edges = [0, *sorted(cuts), len(it.prices)]
-    for first, end in zip(edges, edges[1:], strict=False):
+    for first, end in pairwise(edges):
         inside = (it.events.rows >= first) & (it.events.rows < end)
         bars = bars_of(it.prices[first:end], opening=last_prices) if end > first else None
         if bars is None:
@@ -476,7 +481,9 @@ def test_an_asset_of_weight_zero_changes_nothing(accounting, seed, data):  # P11
     it = world(seed)
     place = data.draw(st.integers(0, it.assets))
     filler = data.draw(st.sampled_from([UNKNOWN, 0.0, 1.0, 1e308, float("inf")]))
-    wider = World(np.insert(it.prices, place, filler, axis=1), Events(it.events.rows, np.insert(it.events.targets, place, 0.0, axis=1)), it.fee)
+    wider = World(
+        np.insert(it.prices, place, filler, axis=1), Events(it.events.rows, np.insert(it.events.targets, place, 0.0, axis=1)), it.fee
+    )
     got, want = wider.value(accounting), it.value(accounting)
     assert same_bits(got.values, want.values)
     assert same_bits(np.delete(got.trades.before, place, axis=1), want.trades.before)
@@ -537,8 +544,7 @@ def test_every_value_is_positive_or_the_portfolio_fails(accounting, seed):  # P1
     with np.errstate(all="ignore"):
         try:
             values = violent.value(accounting).values
-        except MsmError as error:
-            assert isinstance(error, InvalidValue)
+        except InvalidValue:
             return
     begun = ~np.isnan(values)
     assert (values[begun] > 0).all()

@@ -81,7 +81,12 @@ def decided(on: str, sessions: Sessions, through: int | None = None) -> list[str
         # the week of 2024-12-30 (ISO 2025-W01) holds both years: 31 December does not end it
         ("week_end", "2024-12-23", "2025-01-12", ["2024-12-27", "2025-01-03", "2025-01-10"]),
         ("week_end", "2024-03-18", "2024-04-07", ["2024-03-22", "2024-03-28", "2024-04-05"]),  # Good Friday
-        ("month_end", "2024-01-29", "2024-04-30", ["2024-01-31", "2024-02-29", "2024-03-28", "2024-04-30"]),  # leap year; 31 March is Easter
+        (
+            "month_end",
+            "2024-01-29",
+            "2024-04-30",
+            ["2024-01-31", "2024-02-29", "2024-03-28", "2024-04-30"],
+        ),  # leap year; 31 March is Easter
         ("month_end", "2020-11-16", "2021-01-31", ["2020-11-30", "2020-12-31", "2021-01-29"]),  # 31 January 2021 is a Sunday
         ("quarter_end", "2024-02-01", "2024-12-31", ["2024-03-28", "2024-06-28", "2024-09-30", "2024-12-31"]),  # 30 June is a Sunday
         ("quarter_end", "2020-12-01", "2021-03-31", ["2020-12-31", "2021-03-31"]),
@@ -145,9 +150,15 @@ def traded(on: str, lag: int, sessions: Sessions, end: str) -> list[str]:
     """Dates of the trades of a 30/70 portfolio whose two prices never move together, so that every event trades."""
     closes = sessions.closes
     steps = np.arange(len(closes), dtype=float)
-    prices = {"A": Series(closes, 100 + steps, np.full(len(closes), np.nan)), "B": Series(closes, 50 + steps**2, np.full(len(closes), np.nan))}
+    prices = {
+        "A": Series(closes, 100 + steps, np.full(len(closes), np.nan)),
+        "B": Series(closes, 50 + steps**2, np.full(len(closes), np.nan)),
+    }
     configuration: PortfolioConfiguration = nest(
-        {"kind": "fixed_weights", "asset_unique_identifier_weights": [{"unique_identifier": a, "weight": w} for a, w in (("A", 0.3), ("B", 0.7))]},
+        {
+            "kind": "fixed_weights",
+            "asset_unique_identifier_weights": [{"unique_identifier": a, "weight": w} for a, w in (("A", 0.3), ("B", 0.7))],
+        },
         {"kind": "immediate_signal", "calendar_key": "XNYS", "rebalance_on": on, "execution_lag": lag},
     )
     market = align(prices, ["A", "B"], sessions, closes, configuration.alignment, "prices", "close", "close")

@@ -102,7 +102,9 @@ class Elsewhere(BaseModel):
         lambda: FixedWeights.from_signal_configuration({"asset_unique_identifier_weights": pairs(A=0.6, B=0.4)}),
         lambda: FixedWeights.from_signal_configuration(asset_unique_identifier_weights=pairs(B=0.4, A=0.6)),
         lambda: FixedWeights.from_signal_configuration(
-            Elsewhere(asset_unique_identifier_weights=[AssetWeight(unique_identifier="A", weight=0.6), {"unique_identifier": "B", "weight": 0.4}])
+            Elsewhere(
+                asset_unique_identifier_weights=[AssetWeight(unique_identifier="A", weight=0.6), {"unique_identifier": "B", "weight": 0.4}]
+            )
         ),
         lambda: FixedWeights.from_signal_configuration({"weights": {"B": 0.4, "A": 0.6}}),
         lambda: FixedWeights.from_signal_configuration(weights={"A": 0.6, "B": 0.4}),

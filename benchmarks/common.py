@@ -1,0 +1,97 @@
+"""What benchmarks share: a throw-away embedded Postgres, the demo's market, and a count of SQL statements."""
+
+import argparse
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import psycopg
+from sqlalchemy import Engine
+
+from msm_core.configuration import PortfolioConfiguration
+from msm_core.data_nodes.registration import register_portfolios
+from msm_core.database import get_engine, transaction
+from msm_core.embedded import EmbeddedPostgres
+from msm_core.verification import checksum
+from msm_ray import demo, prepare
+
+
+def options(description: str | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="under 60 seconds, smaller")
+    return parser.parse_args()
+
+
+def emit(result: dict[str, Any]) -> None:
+    """One JSON object, as the last line."""
+    print(json.dumps(result))
+
+
+@contextmanager
+def server() -> Iterator[Callable[[], Engine]]:
+    """A server of its own, under a temporary MSM_HOME; calling the value makes a fresh database with tables, calendar and bars."""
+    with tempfile.TemporaryDirectory(prefix="msm-benchmark-") as home:
+        os.environ["MSM_HOME"] = home
+        embedded = EmbeddedPostgres(home=Path(home))
+        url = embedded.start()
+        os.environ["MSM_DATABASE_URL"] = url
+        made = 0
+
+        def fresh() -> Engine:
+            nonlocal made
+            made += 1
+            os.environ["MSM_DATABASE_URL"] = url
+            with get_engine().connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+                connection.exec_driver_sql(f"CREATE DATABASE benchmark_{made}")
+            os.environ["MSM_DATABASE_URL"] = url.rsplit("/", 1)[0] + f"/benchmark_{made}"
+            engine = get_engine()
+            prepare.prepare(engine)
+            demo.load(engine, lambda text: None)
+            return engine
+
+        try:
+            yield fresh
+        finally:
+            embedded.destroy()
+
+
+def register(engine: Engine, configurations: list[PortfolioConfiguration]) -> None:
+    with engine.begin() as connection:
+        register_portfolios(connection, configurations)
+
+
+def stored_checksum(engine: Engine) -> str:
+    with transaction(engine, read_only=True) as connection:
+        return checksum(connection)
+
+
+def starting(configurations: list[PortfolioConfiguration], start: date) -> list[PortfolioConfiguration]:
+    """The same portfolios, beginning at `start`."""
+    builds = [c.portfolio_build_configuration.model_copy(update={"start_date": start}) for c in configurations]
+    return [c.model_copy(update={"portfolio_build_configuration": b}) for c, b in zip(configurations, builds, strict=True)]
+
+
+@contextmanager
+def counted_statements() -> Iterator[list[str]]:
+    """Every statement and COPY that psycopg sends in this process, BEGIN and COMMIT apart."""
+    sent: list[str] = []
+    execute, copy = psycopg.Cursor.execute, psycopg.Cursor.copy
+
+    def counted_execute(self: Any, query: Any, *arguments: Any, **keywords: Any) -> Any:
+        sent.append(str(query))
+        return execute(self, query, *arguments, **keywords)
+
+    def counted_copy(self: Any, statement: Any, *arguments: Any, **keywords: Any) -> Any:
+        sent.append(str(statement))
+        return copy(self, statement, *arguments, **keywords)
+
+    psycopg.Cursor.execute, psycopg.Cursor.copy = counted_execute, counted_copy  # type: ignore[method-assign]
+    try:
+        yield sent
+    finally:
+        psycopg.Cursor.execute, psycopg.Cursor.copy = execute, copy  # type: ignore[method-assign]
