@@ -36,6 +36,7 @@ def emit(result: dict[str, Any]) -> None:
 def server() -> Iterator[Callable[[], Engine]]:
     """A server of its own, under a temporary MSM_HOME; calling the value makes a fresh database with tables, calendar and bars."""
     with tempfile.TemporaryDirectory(prefix="msm-benchmark-") as home:
+        os.chmod(home, 0o755)  # the server of a root user runs as another account, which must be able to enter
         os.environ["MSM_HOME"] = home
         embedded = EmbeddedPostgres(home=Path(home))
         url = embedded.start()

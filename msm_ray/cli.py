@@ -259,9 +259,7 @@ def status(
     if output == Output.json:
         emit_json({"portfolios": counts, "runs": runs, "failures": {i: r["error"] for i, r in results.items() if r["error"]}})
         return
-    rows = [
-        (r["run"][:8], r["status"], _day(r["as_of"]), _day(r["started_at"], "%Y-%m-%d %H:%M"), *_run_counts(r["summary"])) for r in runs
-    ]
+    rows = [(r["run"][:8], r["status"], _day(r["as_of"]), _day(r["started_at"], "%m-%d %H:%M"), *_run_counts(r["summary"])) for r in runs]
     emit_table("Recent runs", ("run", "status", "as of", "started", "landed", "failed", "rows", "seconds"), rows)
     emit_table("Portfolios by their last result", ("status", "portfolios"), sorted(counts.items()))
     failures = [(i, r["status"], r["error"]["message"]) for i, r in sorted(results.items()) if r["error"]]

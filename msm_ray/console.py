@@ -27,9 +27,11 @@ class Output(StrEnum):
 
 
 OutputOption = Annotated[Output, typer.Option("--output", "-o", help="table for people, json for programs (one object on stdout).")]
-
+FILE_WIDTH = 160  # a pipe or a file has no width of its own; rich would fold tables at 80
 out = Console()
 err = Console(stderr=True)
+if not out.is_terminal:
+    out.width = FILE_WIDTH
 LOG_EVERY_SECONDS = 10.0
 
 

@@ -1,400 +1,325 @@
 """fleet.yaml -> PortfolioConfiguration objects.
 
-1. `yaml_lines.read_documents` reads the file and its includes; every value keeps its line.
-2. The sections of all files become one fleet: a name, and each of `namespace`, `defaults` and `run`, is given once.
-3. Each portfolio gets the defaults under it; a matrix is written out, one portfolio for every combination.
-4. Signals, rebalance strategies and price sources are looked up or built, each distinct one once (`Specs`), and shared.
+1. `yaml_lines.Document` reads the file and its includes as one; `FleetFile` checks it, key by key.
+2. Signals, rebalance strategies and price sources are built, equal ones once; portfolios name them, or spell them out.
+3. A matrix is written out, one portfolio for every combination; each portfolio gets the defaults under it.
 
-Whatever is wrong is told together, at its line, in one ConfigurationError. Which file a thing is written in, in which order, with
-which comments or by which matrix, reaches no identity: only the built objects are hashed.
+Whatever is wrong is told together, at its line. Only the built objects are hashed: files, order, comments, matrices reach no identity.
 """
 
+import itertools
 import json
+import re
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import date, timedelta
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from uuid import UUID
-from zoneinfo import available_timezones
+from zoneinfo import ZoneInfo
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt, RootModel, ValidationInfo, field_validator
-from pydantic.json_schema import models_json_schema
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetJsonSchemaHandler, TypeAdapter
 
 from msm_core.configuration import (
-    BacktestingWeightsConfig,
     PortfolioBuildConfiguration,
     PortfolioConfiguration,
     PortfolioExecutionConfiguration,
     PortfolioMarketsConfig,
     PriceAlignmentPolicy,
-    PriceSource,
 )
 from msm_core.data_nodes.prices import APIDataNode
 from msm_core.errors import ConfigurationError
-from msm_core.frames import parse_frequency
-from msm_core.identity import current_namespace, logical_identifier, storage_uid
+from msm_core.identity import Kinds, Spec, current_namespace
 from msm_core.rebalance_strategy import REBALANCE_STRATEGIES
-from msm_core.signals import SIGNALS, FixedWeights
+from msm_core.signals import SIGNALS
 from msm_core.signals.base import AssetIdentifier, sorted_unique
-from msm_ray.yaml_lines import (
-    Built,
-    Document,
-    Matrix,
-    Place,
-    Problems,
-    Sections,
-    Shorthand,
-    Specs,
-    attempt,
-    build,
-    read_documents,
-    schema_of_templates,
-    schema_with_durations,
-    schema_with_shorthands,
-    shown,
-)
+from msm_ray.yaml_lines import Document, Keys, did_you_mean, shown
 
-PORTFOLIOS_MAX = 100_000
-UNPRINTABLE = {"Cc", "Cs", "Zl", "Zp"}  # Unicode categories: controls, surrogates, line and paragraph separators
-
-
-# -- the format ---------------------------------------------------------------------------------------------------------
+PARTS = ("signal", "rebalance", "prices")  # of a portfolio, by name
+KINDS: dict[str, tuple[str, Kinds[Any]]] = {"signal": ("signals", SIGNALS), "rebalance": ("rebalance", REBALANCE_STRATEGIES)}
+SHORTHANDS: dict[str, tuple[str, dict[str, Any]]] = {  # key -> the field it stands for, of any kind that has it, and its JSON Schema
+    "universe": ("asset_list", {"type": "string"}),
+    "weights": ("asset_unique_identifier_weights", {"type": "object", "additionalProperties": {"type": "number"}}),
+}
+UID = re.compile(r"(?i)[0-9a-f]{8}-?([0-9a-f]{4}-?){3}[0-9a-f]{12}")
+PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
 
 
 def _identifier(value: str) -> str:
     """Two spellings that look the same would be two portfolios, so only the composed one is taken."""
     if not unicodedata.is_normalized("NFC", value):
         raise ValueError(f"{shown(value)} is not in Unicode NFC; write {json.dumps(unicodedata.normalize('NFC', value))}")
-    if any(unicodedata.category(c) in UNPRINTABLE for c in value):
+    if any(unicodedata.category(c) in ("Cc", "Zl", "Zp") for c in value):
         raise ValueError(f"{json.dumps(value)} holds a control character")
     return value
 
 
-def _frequency(value: str) -> str:
-    try:
-        if parse_frequency(value) > timedelta(days=1):
-            raise ValueError(f"frequency {shown(value)} is longer than 1d")
-    except ConfigurationError as error:  # pydantic gives a place to ValueErrors only
-        raise ValueError(str(error)) from None
-    return value
+@dataclass(frozen=True)
+class AnyOf:
+    """Annotation: the JSON Schema of whatever models there are by the time it is asked for, or of a name. Specs take shorthands."""
+
+    models: Callable[[], Iterable[type[BaseModel]]]
+    names: bool = False
+
+    def __get_pydantic_json_schema__(self, _: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        options: list[dict[str, Any]] = [{"type": "string"}] if self.names else []
+        for model in self.models():
+            options.append(handler(model.__pydantic_core_schema__))
+            schema, short = handler.resolve_ref_schema(options[-1]), shorthands_of(model)
+            schema["properties"].update({key: SHORTHANDS[key][1] for key in short.values()})
+            required = {*schema.get("required", ()), *(["kind"] if issubclass(model, Spec) else ())}
+            schema["required"] = sorted(required.difference(short))
+        return {"anyOf": options}
 
 
-def _time_zone(value: str) -> str:
-    if value not in available_timezones():
-        raise ValueError(f"{shown(value)} is not an IANA time zone such as America/New_York")
-    return value
+def shorthands_of(model: type[BaseModel]) -> dict[str, str]:
+    """Fields of specs of this class, and the shorthands that stand for them."""
+    return {name: key for key, (name, _) in SHORTHANDS.items() if name in model.model_fields and key not in model.model_fields}
 
 
 Identifier = Annotated[str, Field(min_length=1, max_length=255), AfterValidator(_identifier)]
-Frequency = Annotated[str, AfterValidator(_frequency), Field(json_schema_extra={"pattern": r"^[1-9]\d*[mhd]$"})]
-MatrixKey = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
-TimeZone = Annotated[str, AfterValidator(_time_zone)]
+Universe = Annotated[list[AssetIdentifier], Field(min_length=1), AfterValidator(lambda assets: list(sorted_unique(assets, "the universe")))]
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class CalendarEntry(_Section):
+class CalendarEntry(Section):
     """A pandas-market-calendars calendar to materialise, both dates included."""
 
     pandas_calendar: str = Field(min_length=1, max_length=255)
     valid_from: date
     valid_to: date
     display_name: str | None = Field(default=None, max_length=255)
-    timezone: TimeZone | None = None
-
-    @field_validator("valid_to")
-    @classmethod
-    def _not_reversed(cls, value: date, info: ValidationInfo) -> date:
-        if value < info.data.get("valid_from", value):
-            raise ValueError(f"valid_to {value} is before valid_from {info.data['valid_from']}")
-        return value
+    timezone: Annotated[str, AfterValidator(lambda name: str(TypeAdapter(ZoneInfo).validate_python(name)))] | None = None
 
 
 class CalendarRequest(CalendarEntry):
-    """A calendar that `prepare` makes sure of."""
-
     unique_identifier: Identifier
 
 
-class PriceEntry(_Section):
+class PriceEntry(Section):
     """Where prices are: `source` is an identifier in the catalogue, or its uid."""
 
     source: str = Field(min_length=1, max_length=255)
 
 
-class Universe(RootModel[Annotated[list[AssetIdentifier], Field(min_length=1)]]):
-    """A list of assets that signals share; the order means nothing."""
-
-    @field_validator("root")
-    @classmethod
-    def _once_each(cls, assets: list[str]) -> list[str]:
-        return list(sorted_unique(assets, "the universe"))
-
-
-class Weights(RootModel[Annotated[dict[AssetIdentifier, FiniteFloat], Field(min_length=1)]]):
-    """Weight of each asset; need not sum to 1, negative is short."""
-
-
-class MatrixEntry(RootModel[Annotated[dict[MatrixKey, Annotated[list[Any], Field(min_length=1)]], Field(min_length=1)]]):
-    """Values of each placeholder; there is one portfolio for every combination."""
-
-
-class Defaults(_Section):
+class Defaults(Section):
     """What every portfolio has unless it says otherwise; `execution` and `price_alignment_policy` key by key."""
 
-    signal: Any = None  # these two are told about by Specs.find
-    rebalance: Any = None
-    prices: str | None = None
-    price_column: Annotated[str, Field(min_length=1, max_length=63)] | None = None
-    frequency: Frequency | None = None
+    signal: Annotated[Any, AnyOf(SIGNALS.classes.values, names=True)] = None
+    rebalance: Annotated[Any, AnyOf(REBALANCE_STRATEGIES.classes.values, names=True)] = None
+    prices: Annotated[Any, AnyOf(tuple, names=True)] = None  # a name only
+    price_column: str | None = Field(default=None, min_length=1, max_length=63)
+    frequency: str | None = Field(default=None, pattern=r"^[1-9]\d{0,5}[mhd]$", serialization_alias="portfolio_prices_frequency")
     start_date: date | None = None
-    execution: dict[str, Any] = {}
-    price_alignment_policy: dict[str, Any] = {}
+    execution: PortfolioExecutionConfiguration = PortfolioExecutionConfiguration()
+    price_alignment_policy: PriceAlignmentPolicy = PriceAlignmentPolicy()
     tags: tuple[Identifier, ...] = ()
 
 
 class PortfolioEntry(Defaults):
-    """One portfolio or, with a `matrix`, one for every combination: `{key}` in a text stands for a value of the matrix."""
+    """One portfolio. Its signal, rebalance strategy and prices may come from the defaults."""
 
-    id: Identifier
-    name: str | None = None
+    id: Identifier = Field(serialization_alias="portfolio_identifier")
+    name: str | None = Field(default=None, serialization_alias="portfolio_name")
     description: str | None = None
-    publish_index: Identifier | None = None
-    matrix: MatrixEntry | None = None
+    publish_index: Identifier | None = Field(default=None, serialization_alias="portfolio_index_identifier")
 
 
-class RunPolicy(_Section):
-    """How runs go; outside every identity. What is absent is up to the command line."""
+class MatrixEntry(Section):
+    """One portfolio for every combination of the values of a matrix: `{key}` in a text stands for one of them."""
 
-    batch_size: PositiveInt | None = None
-    executor: Literal["local", "ray"] | None = None
-    task_timeout: timedelta | None = Field(default=None, gt=timedelta(0))
+    model_config = ConfigDict(extra="allow")  # the rest is a PortfolioEntry once the values are filled in
+
+    id: str
+    matrix: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], Annotated[list[Any], Field(min_length=1)]] = Field(min_length=1)
 
 
-class FleetFile(_Section):
-    """A fleet of portfolios. A name, and each of namespace, defaults and run, is given once in all files together."""
+class FleetFile(Section):
+    """A fleet of portfolios, in one file or many. A name, and each key of the defaults, is given once in all of them."""
 
     version: Literal[1]
     namespace: str = ""
-    calendars: dict[Identifier, dict[str, Any]] = {}
-    prices: dict[Identifier, dict[str, Any]] = {}
-    universes: dict[Identifier, list[Any]] = {}
-    signals: dict[Identifier, dict[str, Any]] = {}
-    rebalance: dict[Identifier, dict[str, Any]] = {}
-    defaults: dict[str, Any] = {}
-    portfolios: list[dict[str, Any]] = []
-    run: dict[str, Any] = {}
+    calendars: dict[Identifier, CalendarEntry] = {}
+    prices: dict[Identifier, PriceEntry] = {}
+    universes: dict[Identifier, Universe] = {}
+    signals: dict[Identifier, Annotated[dict[str, Any], AnyOf(SIGNALS.classes.values)]] = {}
+    rebalance: dict[Identifier, Annotated[dict[str, Any], AnyOf(REBALANCE_STRATEGIES.classes.values)]] = {}
+    defaults: Defaults = Defaults()
+    portfolios: list[Annotated[dict[str, Any], AnyOf(lambda: (PortfolioEntry, MatrixEntry))]] = []
     include: list[str] = []
 
 
-class IncludedFile(FleetFile):
-    version: Literal[1] = 1
+def fleet_json_schema() -> dict[str, Any]:
+    """JSON Schema of a fleet file, with every registered kind. Editors use it; `load_fleet` checks more."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **FleetFile.model_json_schema()}
 
 
 @dataclass(frozen=True)
 class Fleet:
-    """What a fleet file says, checked and complete."""
+    """What a fleet file says, checked and complete. `prepare` makes sure of the calendars."""
 
     portfolios: tuple[PortfolioConfiguration, ...]
     calendars: tuple[CalendarRequest, ...]
-    run: RunPolicy
     namespace: str | None
 
 
 def load_fleet(path: Path) -> Fleet:
     """The fleet of a file and its includes. Raises ConfigurationError with every problem, one line each."""
-    problems = Problems()
-    fleet = _Loader(read_documents(Path(path), problems), problems).load()
-    problems.raise_any()
+    document = Document(Path(path))
+    fleet = _Loader(document).load()
+    if document.problems:
+        raise ConfigurationError(problems=[text for *_, text in sorted(document.problems)])
     return fleet
 
 
-# -- loading ------------------------------------------------------------------------------------------------------------
-
-UNIVERSE, WEIGHTS = "asset_list", "asset_unique_identifier_weights"  # fields for which any spec that has them takes a short form
-
-
-def _assets_of(name: Any, place: Place, sections: Sections, universes: Mapping[str, Universe | None]) -> list[str] | None:
-    if not isinstance(name, str):
-        return sections.problems.add(place, f"must be the name of a universe, not {shown(name)}")
-    universe = sections.lookup(universes, name, "universe", place)
-    return universe.root if universe else None
-
-
-def _pairs_of(value: Any, place: Place, problems: Problems) -> list[dict[str, Any]] | None:
-    if (weights := build(Weights, value, place, problems)) is None:
-        return None
-    return [pair.model_dump() for pair in FixedWeights.from_signal_configuration(weights=weights.root).asset_unique_identifier_weights]
-
-
-def _source_uid(source: str) -> UUID:
-    try:
-        return UUID(source)
-    except ValueError:
-        return storage_uid(logical_identifier(source))
-
-
 class _Loader:
-    """The sections of all files, as one fleet."""
+    """Puts the sections of a document together. What is wrong is told, and is None from then on."""
 
-    def __init__(self, documents: list[Document], problems: Problems) -> None:
-        self.sections = sections = Sections(documents, problems)
-        self.problems = problems
-        sections.check(FleetFile, IncludedFile)
-        self.universes = {n: build(Universe, data, at, problems) for n, (data, at) in sections.named("universes", list).items()}
-        self.sources = {n: self._source(data, at) for n, (data, at) in sections.named("prices", dict).items()}
-        shorthands = {
-            "universe": Shorthand(UNIVERSE, lambda value, at: _assets_of(value, at, sections, self.universes)),
-            "weights": Shorthand(WEIGHTS, lambda value, at: _pairs_of(value, at, problems)),
-        }
-        self.signals = Specs(sections, "signals", SIGNALS, shorthands)
-        self.strategies = Specs(sections, "rebalance", REBALANCE_STRATEGIES, shorthands)
-        self.defaults, self.defaults_place = sections.single("defaults", dict, {})
-        self.execution = Built(PortfolioExecutionConfiguration, problems)
-        self.alignment = Built(PriceAlignmentPolicy, problems)
-        self.taken: dict[str, dict[str, Place]] = {"id": {}, "publish_index": {}}
+    def __init__(self, document: Document) -> None:
+        self.document = document
+        self.names: dict[str, dict[str, Any]] = {}  # key of a portfolio or a spec -> name -> what it stands for
+        self.specs: dict[str, Spec | None] = {}  # by their text
+        self.taken: dict[tuple[str, str], Keys] = {}  # identifiers of portfolios and indexes
 
     def load(self) -> Fleet:
-        build(Defaults, self.defaults, self.defaults_place, self.problems)
-        self._resolved(self.defaults, self.defaults_place)  # so that a default is told about even if no portfolio uses it
-        run = build(RunPolicy, *self.sections.single("run", dict, {}), self.problems)
-        calendars = [self._calendar(n, data, at) for n, (data, at) in self.sections.named("calendars", dict).items()]
-        portfolios = [p for entry, place in self._entries() if (p := self._portfolio(entry, place))]
-        return Fleet(tuple(portfolios), tuple(c for c in calendars if c), run or RunPolicy(), self._namespace())
+        document = self.document
+        if document.data:
+            document.check(FleetFile, document.data, ())
+        self.names["universe"] = document.entries("universes")
+        self.names["prices"] = {name: entry and _source(entry["source"]) for name, entry in document.entries("prices").items()}
+        for key, (section, _) in KINDS.items():
+            self.names[key] = {n: None if e is None else self._spec(key, e, (section, n)) for n, e in document.entries(section).items()}
+        calendars = [CalendarRequest(unique_identifier=name, **entry) for name, entry in document.entries("calendars").items() if entry]
+        namespace = document.data.get("namespace")
+        if namespace is not None and namespace != (current := current_namespace()):
+            document.tell(("namespace",), f"this process has '{current}': set MSM_AUTO_REGISTER_NAMESPACE, or correct the file")
+        portfolios = tuple(self._portfolios())
+        if not portfolios and not document.problems:
+            document.tell((), "has no portfolios: give at least one under 'portfolios'")
+        return Fleet(portfolios, tuple(calendars), namespace)
 
-    def _source(self, data: Mapping[str, Any], place: Place) -> PriceSource | None:
-        entry = build(PriceEntry, data, place, self.problems)
-        return entry and APIDataNode(time_index_meta_table_uid=_source_uid(entry.source))
+    def _portfolios(self) -> Iterator[PortfolioConfiguration]:
+        for key, value in self.document.entries("defaults").items():
+            if key in PARTS and value is not None:  # told even if no portfolio uses it
+                self._find(key, value, ("defaults", key))
+        self.defaults = self.document.entries("defaults")
+        for i, written in enumerate(self.document.data.get("portfolios", ())):
+            if self.document.broken.isdisjoint({("portfolios",), ("portfolios", i)}):
+                for entry in self._combinations(written, ("portfolios", i)):
+                    if portfolio := self._portfolio(entry, ("portfolios", i)):
+                        yield portfolio
+                    if ("portfolios", i) in self.document.broken:
+                        break  # the first bad combination stands for the others
+                self.document.note = ""
 
-    def _calendar(self, name: str, data: Mapping[str, Any], place: Place) -> CalendarRequest | None:
-        entry = build(CalendarEntry, data, place, self.problems)
-        return entry and build(CalendarRequest, {**data, "unique_identifier": name}, place, self.problems)
+    def _combinations(self, written: dict[str, Any], keys: Keys) -> Iterator[dict[str, Any]]:
+        """The entry itself or, with a matrix, one for every combination."""
+        if "matrix" not in written:
+            yield written
+        elif checked := self.document.check(MatrixEntry, written, keys):
+            template = {key: value for key, value in written.items() if key != "matrix"}
+            for choice in itertools.product(*checked.matrix.values()):
+                values = dict(zip(checked.matrix, choice, strict=True))
+                self.document.note = f" (with {', '.join(f'{key}={shown(value)}' for key, value in values.items())})"
+                try:
+                    yield filled(template, values)
+                except ValueError as error:
+                    return self.document.tell(keys, str(error))
 
-    def _namespace(self) -> str | None:
-        given, place = self.sections.single("namespace", str, None)
-        if given is not None and given != (current := current_namespace()):
-            fix = f"set MSM_AUTO_REGISTER_NAMESPACE={given} before msm starts" if given else "unset MSM_AUTO_REGISTER_NAMESPACE"
-            self.problems.add(place, f"'{given}' is not the namespace of this process ('{current}'); {fix}, or correct the file")
-        return given
-
-    def _entries(self) -> Iterator[tuple[dict[str, Any], Place]]:
-        """Every portfolio as it is written, matrices written out."""
-        written = self.sections.listed("portfolios", self.defaults_place)
-        if not written and not len(self.problems):
-            self.problems.add(Place(self.sections.documents[0]), "has no portfolios: give at least one under 'portfolios'")
-        room = PORTFOLIOS_MAX
-        for entry, place in written:
-            matrix = self._matrix(entry, place) if "matrix" in entry else None
-            room -= matrix.size if matrix else 1
-            if room < 0:
-                made = f"; the matrix makes {matrix.size}" if matrix else ""
-                self.problems.add(place, f"a fleet has at most {PORTFOLIOS_MAX} portfolios{made}")
-                return
-            if matrix:
-                yield from matrix.combinations(place, self.problems)
-            elif "matrix" not in entry:
-                yield entry, place
-
-    def _matrix(self, entry: Mapping[str, Any], place: Place) -> Matrix | None:
-        values = build(MatrixEntry, entry["matrix"], place.at("matrix"), self.problems)
-        matrix = values and Matrix(entry, values.root)
-        return matrix if matrix and not matrix.tell_faults(place, self.problems) else None
-
-    def _portfolio(self, written: Mapping[str, Any], place: Place) -> PortfolioConfiguration | None:
+    def _portfolio(self, written: dict[str, Any], keys: Keys) -> PortfolioConfiguration | None:
         merged = {**self.defaults, **written}
         for key in ("execution", "price_alignment_policy"):
-            under, over = self.defaults.get(key), written.get(key)
-            if isinstance(under, dict) and isinstance(over, dict):
-                merged[key] = under | over
-        entry = build(PortfolioEntry, merged, place, self.problems)
-        parts = self._resolved(merged, place)
-        for key in ("signal", "rebalance", "prices"):
-            if merged.get(key) is None:
-                self.problems.add(place, f"missing key '{key}', here or in 'defaults'")
-        if not self._unique(merged, place) or entry is None or any(part is None for part in parts.values()):
+            if isinstance(written.get(key), dict):
+                merged[key] = {**(self.defaults.get(key) or {}), **written[key]}
+        given = {key: value for key, value in merged.items() if value is not None}
+        entry = self.document.check(PortfolioEntry, given, keys)
+        parts = {key: self._find(key, given[key], (*keys, key)) for key in PARTS if key in given}
+        for key in PARTS:
+            if key not in given and (key in written or key not in self.defaults):  # else the default is broken, and told
+                self.document.tell((*keys, key), "is missing, here and in 'defaults'")
+        for key in {"id", "publish_index"} & given.keys():
+            if (name := (key, str(given[key]))) in self.taken:
+                self.document.tell((*keys, key), f"'{name[1]}' is used twice, here and at {self.document.where(*self.taken[name])}")
+            self.taken.setdefault(name, (*keys, key))
+        if entry is None or len(parts) < len(PARTS) or any(part is None for part in parts.values()):
             return None
-        return attempt(lambda: _configuration(entry, parts), place, self.problems)
+        return self.document.check(PortfolioConfiguration, _configuration(entry, **parts), keys, plain=False)
 
-    def _unique(self, merged: Mapping[str, Any], place: Place) -> bool:
-        """Tells when the id, or the index that it publishes, is another portfolio's already."""
-        before = len(self.problems)
-        for key, taken in self.taken.items():
-            first = taken.setdefault(merged[key], place) if isinstance(merged.get(key), str) else place
-            if first is not place:
-                same = first.keys == place.keys and first.document is place.document
-                where = "by the same matrix: mention more of its keys" if same else f"at {first.at(key)}"
-                self.problems.add(place.at(key), f"'{merged[key]}' is used twice, here and {where}")
-        return len(self.problems) == before
+    def _find(self, key: str, value: Any, keys: Keys) -> Any:
+        """What a name stands for, or the spec that is spelled out."""
+        if isinstance(value, str):
+            if value not in self.names[key] and self.document.complete:
+                self.document.tell(keys, f"unknown {key} '{value}'{did_you_mean(value, self.names[key])}")
+            return self.names[key].get(value)
+        if isinstance(value, dict) and key in KINDS:
+            return self._spec(key, value, keys)
+        return self.document.tell(keys, f"must be a name{' or a mapping' if key in KINDS else ''}, not {shown(value)}")
 
-    def _resolved(self, merged: Mapping[str, Any], place: Place) -> dict[str, Any]:
-        """The objects that the keys of a portfolio stand for; None for what is missing or wrong."""
-        prices = merged.get("prices")
-        return {
-            "signal": self.signals.find(merged.get("signal"), place.at("signal")),
-            "rebalance": self.strategies.find(merged.get("rebalance"), place.at("rebalance")),
-            "prices": self.sections.lookup(self.sources, prices, "price source", place.at("prices")) if isinstance(prices, str) else None,
-            "execution": self.execution.find(merged.get("execution", {}), place.at("execution")),
-            "alignment": self.alignment.find(merged.get("price_alignment_policy", {}), place.at("price_alignment_policy")),
-        }
-
-
-def _configuration(entry: PortfolioEntry, parts: Mapping[str, Any]) -> PortfolioConfiguration:
-    given = {"price_column": entry.price_column, "portfolio_prices_frequency": entry.frequency, "start_date": entry.start_date}
-    return PortfolioConfiguration(
-        portfolio_build_configuration=PortfolioBuildConfiguration(
-            price_source_instance=parts["prices"],
-            price_alignment_policy=parts["alignment"],
-            execution_configuration=parts["execution"],
-            backtesting_weights_configuration=BacktestingWeightsConfig(
-                signal_weights_instance=parts["signal"], rebalance_strategy_instance=parts["rebalance"]
-            ),
-            **{field: value for field, value in given.items() if value is not None},
-        ),
-        portfolio_markets_configuration=PortfolioMarketsConfig(
-            portfolio_identifier=entry.id,
-            portfolio_name=entry.name,
-            description=entry.description,
-            tags=entry.tags,
-            portfolio_index_identifier=entry.publish_index,
-            signal_name=entry.signal if isinstance(entry.signal, str) else None,
-        ),
-    )
+    def _spec(self, key: str, data: dict[str, Any], keys: Keys) -> Spec | None:
+        """The spec that is spelled out; equal ones are one object."""
+        text = json.dumps([key, data], sort_keys=True)
+        if spec := self.specs.get(text):
+            return spec
+        classes = KINDS[key][1].classes
+        cls = classes.get(str(data.get("kind")))
+        if cls is None:
+            what = f"unknown kind {shown(data['kind'])}" if "kind" in data else "is missing"
+            return self.document.tell((*keys, "kind"), f"{what}; known kinds: {', '.join(sorted(classes))}")
+        spelled = {name: short for name, short in shorthands_of(cls).items() if name not in data}
+        fields = {name: value for name, value in data.items() if name not in spelled.values()}
+        for name, short in spelled.items():
+            if short == "universe" and short in data:
+                if (assets := self._find(short, data[short], (*keys, short))) is None:
+                    return None
+                fields[name] = assets
+            elif short in data:
+                pairs = data[short].items() if isinstance(data[short], dict) else ()
+                fields[name] = [{"unique_identifier": asset, "weight": weight} for asset, weight in pairs]
+        self.specs[text] = spec = self.document.check(cls, fields, keys, spelled)
+        return spec
 
 
-# -- JSON Schema --------------------------------------------------------------------------------------------------------
+def _source(source: str) -> APIDataNode:
+    return APIDataNode.build_from_table_uid(source) if UID.fullmatch(source) else APIDataNode.build_from_identifier(source)
 
 
-def fleet_json_schema() -> dict[str, Any]:
-    """JSON Schema of a fleet file, with every registered kind. Editors use it; `load_fleet` checks more."""
-    signals, strategies = tuple(SIGNALS.classes.values()), tuple(REBALANCE_STRATEGIES.classes.values())
-    sections = (CalendarEntry, PriceEntry, Universe, Weights, RunPolicy, Defaults, PortfolioEntry)
-    models = (FleetFile, *sections, PortfolioExecutionConfiguration, PriceAlignmentPolicy, *signals, *strategies)
-    refs, schema = models_json_schema([(model, "validation") for model in models], ref_template="#/$defs/{model}")
-    ref = {model: refs[(model, "validation")] for model in models}
-    name = {model: ref[model]["$ref"].removeprefix("#/$defs/") for model in models}
-    defs = schema_with_durations(schema["$defs"])
-    shorthands = {"universe": (UNIVERSE, {"type": "string"}), "weights": (WEIGHTS, ref[Weights])}
-    for cls in (*signals, *strategies):
-        defs[name[cls]] = schema_with_shorthands(cls, defs[name[cls]], shorthands)
-    signal, strategy = {"anyOf": [ref[cls] for cls in signals]}, {"anyOf": [ref[cls] for cls in strategies]}
-    parts = {
-        "signal": {"anyOf": [{"type": "string"}, signal]},
-        "rebalance": {"anyOf": [{"type": "string"}, strategy]},
-        "execution": ref[PortfolioExecutionConfiguration],
-        "price_alignment_policy": ref[PriceAlignmentPolicy],
-    }
-    for model in (Defaults, PortfolioEntry):
-        defs[name[model]]["properties"] |= parts
-    file = defs.pop(name[FleetFile])
-    properties = file["properties"]
-    entries = (ref[CalendarEntry], ref[PriceEntry], ref[Universe], signal, strategy)
-    for section, entry in zip(("calendars", "prices", "universes", "signals", "rebalance"), entries, strict=True):
-        properties[section]["additionalProperties"] = entry
-    template = {"$ref": f"{ref[PortfolioEntry]['$ref']}Template"}
-    properties["portfolios"]["items"] = {"if": {"required": ["matrix"]}, "then": template, "else": ref[PortfolioEntry]}
-    properties |= {"run": ref[RunPolicy], "defaults": ref[Defaults]}
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **file, "$defs": defs | schema_of_templates(defs)}
+def filled(value: Any, values: Mapping[str, Any]) -> Any:
+    """`value` with the values of a matrix in its texts; one that is nothing but a placeholder becomes the value, of whatever type."""
+    if isinstance(value, dict):
+        items = {_spelled(key, values): filled(item, values) for key, item in value.items()}
+        if len(items) < len(value):
+            raise ValueError("two keys become the same one")
+        return items
+    if isinstance(value, list):
+        return [filled(item, values) for item in value]
+    if not isinstance(value, str):
+        return value
+    whole = PLACEHOLDER.fullmatch(value)
+    return values[whole[1]] if whole and whole[1] in values else _spelled(value, values)
+
+
+def _spelled(text: str, values: Mapping[str, Any]) -> str:
+    """`{key}` is a value, spelled out; `{{` and `}}` are braces. Raises ValueError."""
+
+    def spell(match: re.Match[str]) -> str:
+        if match[1] is None:
+            return match[0][0]
+        if not isinstance(values.get(match[1]), str | int | float):
+            raise ValueError(f"'{match[0]}' is no text or number of the matrix{did_you_mean(match[1], values)}")
+        return str(values[match[1]])
+
+    return PLACEHOLDER.sub(spell, text)
+
+
+def _configuration(entry: PortfolioEntry, signal: Spec, rebalance: Spec, prices: APIDataNode) -> dict[str, Any]:
+    """The documented nesting; what is None is left to its default."""
+    given = entry.model_dump(by_alias=True, exclude_none=True)
+    build = {key: value for key, value in given.items() if key in PortfolioBuildConfiguration.model_fields}
+    markets = {key: value for key, value in given.items() if key in PortfolioMarketsConfig.model_fields}
+    build |= {"price_source_instance": prices, "execution_configuration": entry.execution}
+    build["backtesting_weights_configuration"] = {"signal_weights_instance": signal, "rebalance_strategy_instance": rebalance}
+    markets["signal_name"] = entry.signal if isinstance(entry.signal, str) else None
+    return {"portfolio_build_configuration": build, "portfolio_markets_configuration": markets}

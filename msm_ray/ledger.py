@@ -92,12 +92,12 @@ def find_run(connection: Connection, run: str | None) -> tuple[uuid.UUID, dateti
         SELECT coalesce(r.retry_of, r.uid), r.as_of FROM {run} r
         WHERE starts_with(r.uid::text, %(run)s)
            OR (%(run)s::text IS NULL AND EXISTS (SELECT FROM {node} n WHERE n.run_uid = r.uid AND n.status = ANY(%(unfinished)s)))
-        ORDER BY r.started_at DESC LIMIT 1
+        ORDER BY r.started_at DESC
     """).format(run=RUN, node=NODE)
-    found = fetch(connection, statement, {"run": run, "unfinished": UNFINISHED})
-    if not found:
-        raise RunNotFound(run=run or "with anything to retry")
-    return found[0]
+    for root, as_of in dict(fetch(connection, statement, {"run": run, "unfinished": UNFINISHED})).items():
+        if run is not None or unfinished(connection, root):
+            return root, as_of
+    raise RunNotFound(run=run or "with anything to retry")
 
 
 def unfinished(connection: Connection, root: uuid.UUID) -> list[tuple[str, str]]:

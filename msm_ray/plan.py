@@ -42,9 +42,9 @@ class Plan:
         return graph
 
     def settled(self) -> list[NodeResult]:
-        """Results that need no work: portfolios that are up to date, and those that cannot be computed at all."""
-        up_to_date = [p for p in self.portfolios if p.reason == "up to date"]
-        done = [NodeResult("portfolio", p.identifier, "up_to_date", watermark=p.end) for p in up_to_date]
+        """Results that need no work: nodes that are up to date, and portfolios that cannot be computed at all."""
+        nodes = [("signal", p) for p in self.signals] + [("portfolio", p) for p in self.portfolios]
+        done = [NodeResult(kind, p.identifier, "up_to_date", watermark=p.end) for kind, p in nodes if p.reason == "up to date"]
         return done + [NodeResult("portfolio", p.identifier, "failed", error=p.error, attempts=0) for p in self.portfolios if p.error]
 
     def reasons(self) -> dict[Key, str]:

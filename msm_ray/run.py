@@ -151,19 +151,21 @@ class _Run:
     def bring_up_to_date(self, configurations: Sequence[PortfolioConfiguration], failed_before: Collection[str]) -> list[NodeResult]:
         """Run a plan; then again for nodes that a rival held, until they are done or patience ends."""
         results: dict[Key, NodeResult] = {}
+        signals = set(self.options.signals_selected)
         deadline = time.monotonic() + BUSY_SECONDS_MAX
         while True:
-            plan = self.plan(configurations, failed_before)
+            plan = self.plan(configurations, failed_before, signals)
             for result in self.execute(plan):
                 results[result.kind, result.identifier] = result
-            busy = {identifier for (kind, identifier), r in results.items() if kind == "portfolio" and r.status == "busy"}
+            busy = {key for key, r in results.items() if r.status == "busy"}
             if not busy or time.monotonic() > deadline:
                 return list(results.values())
             log.info("nodes are held by another run; asking again", count=len(busy))
             time.sleep(BUSY_PAUSE_SECONDS)
-            configurations = [c for c in configurations if c.identifier in busy]
+            signals = {identifier for kind, identifier in busy if kind == "signal"}
+            configurations = [c for c in configurations if ("portfolio", c.identifier) in busy or c.signal_uid in signals]
 
-    def plan(self, configurations: Sequence[PortfolioConfiguration], failed_before: Collection[str]) -> Plan:
+    def plan(self, configurations: Sequence[PortfolioConfiguration], failed_before: Collection[str], signals: Collection[str]) -> Plan:
         with transaction(self.engine, read_only=True) as connection:
             world = read_world(connection, configurations, self.as_of)
         return make_plan(
@@ -172,7 +174,7 @@ class _Run:
             self.as_of,
             full_refresh=self.options.full_refresh,
             failed_before=failed_before,
-            signals_selected=self.options.signals_selected,
+            signals_selected=signals,
         )
 
     def execute(self, plan: Plan) -> list[NodeResult]:

@@ -27,14 +27,17 @@ Payload = Mapping[str, Any]
 
 A_SIGNAL: Payload = {"kind": "equal_weights", "asset_list": ["AAPL"]}
 A_STRATEGY: Payload = {"kind": "immediate_signal", "calendar_key": "XNYS"}
+PRICES = APIDataNode(time_index_meta_table_uid=UUID(int=1))
 
 
-def nest(signal: Spec | Payload = A_SIGNAL, strategy: Spec | Payload = A_STRATEGY) -> PortfolioConfiguration:
-    """The documented nesting around a signal and a strategy, each an instance or plain data."""
+def nest(
+    signal: Spec | Payload = A_SIGNAL, strategy: Spec | Payload = A_STRATEGY, prices: Spec | Payload = PRICES
+) -> PortfolioConfiguration:
+    """The documented nesting around a signal, a strategy and a price source, each an instance or plain data."""
     return PortfolioConfiguration.model_validate(
         {
             "portfolio_build_configuration": {
-                "price_source_instance": APIDataNode(time_index_meta_table_uid=UUID(int=1)),
+                "price_source_instance": prices,
                 "backtesting_weights_configuration": {"signal_weights_instance": signal, "rebalance_strategy_instance": strategy},
             },
             "portfolio_markets_configuration": {"portfolio_identifier": "nest"},

@@ -123,7 +123,7 @@ def load_prices(engine: Engine, closes: pd.DataFrame, table: str = PRICES, **col
         changed = ", ".join(f"{n} = EXCLUDED.{n}" for n in names)
         listed = ", ".join(names)
         cursor.execute(
-            f"INSERT INTO {table} (time_index, asset_identifier, {listed}) SELECT t, a, {listed} FROM loaded "  # noqa: S608
+            f"INSERT INTO {table} (time_index, asset_identifier, {listed}) SELECT t, a, {listed} FROM loaded "
             f"ON CONFLICT (asset_identifier, time_index) DO UPDATE SET {changed}"
         )
 
@@ -232,11 +232,16 @@ def fleet(assets: Sequence[str], count: int) -> list[PortfolioConfiguration]:
         equal(*assets[:-2]),
         fixed(**{a: float(w) for a, w in zip(assets, generator.normal(0.1, 0.1, len(assets)), strict=True)}),
         schedule(*((t, {a: float(w) for a, w in zip(assets, generator.uniform(0, 0.1, len(assets)), strict=True)}) for t in times)),
-        schedule(*((t, {a: 1 / 5 for a in assets[i : i + 5]}) for i, t in enumerate(times)), fill=timedelta(days=60)),
+        schedule(*((t, dict.fromkeys(assets[i : i + 5], 1 / 5)) for i, t in enumerate(times)), fill=timedelta(days=60)),
     ]
     return [
         portfolio(
-            f"p{i:03}", signals[i % 5], accounting=("drifted", "target")[i % 2], on=rebalances[(i // 2) % 5], lag=i % 3, fee=0.0005 * (i % 4)
+            f"p{i:03}",
+            signals[i % 5],
+            accounting=("drifted", "target")[i % 2],
+            on=rebalances[(i // 2) % 5],
+            lag=i % 3,
+            fee=0.0005 * (i % 4),
         )
         for i in range(count)
     ]
@@ -304,7 +309,7 @@ def _digests(engine: Engine, tables: Sequence[str], row: str) -> dict[str, tuple
     found = {}
     with rival(engine) as connection:
         for table in tables:
-            query = f'SELECT {row} FROM "{table}" t'  # noqa: S608
+            query = f'SELECT {row} FROM "{table}" t'
             rows = sorted(text for (text,) in connection.execute(query).fetchall())  # type: ignore[arg-type]
             found[table] = (len(rows), hashlib.sha256("\n".join(rows).encode()).hexdigest())
     return found
@@ -312,22 +317,19 @@ def _digests(engine: Engine, tables: Sequence[str], row: str) -> dict[str, tuple
 
 def values(engine: Engine, identifier: str) -> pd.DataFrame:
     """close, return and calculated_close by time."""
-    query = (
-        f'SELECT time_index, close, "return", calculated_close FROM {OUTPUTS[2]} '  # noqa: S608
-        "WHERE portfolio_identifier = %s ORDER BY 1"
-    )
+    query = f'SELECT time_index, close, "return", calculated_close FROM {OUTPUTS[2]} WHERE portfolio_identifier = %s ORDER BY 1'
     return frame(engine, query, (identifier,)).set_index("time_index")
 
 
 def weights(engine: Engine, identifier: str) -> pd.DataFrame:
     """Rows of the weights storage by (time, asset)."""
-    query = f"SELECT * FROM {OUTPUTS[1]} WHERE portfolio_identifier = %s ORDER BY time_index, asset_identifier"  # noqa: S608
+    query = f"SELECT * FROM {OUTPUTS[1]} WHERE portfolio_identifier = %s ORDER BY time_index, asset_identifier"
     return frame(engine, query, (identifier,)).set_index(["time_index", "asset_identifier"]).drop(columns="portfolio_identifier")
 
 
 def progress(engine: Engine) -> dict[tuple[str, str], dict[str, Any]]:
     """Progress rows by (storage, scope)."""
-    rows = frame(engine, f"SELECT * FROM {PROGRESS}").to_dict("records")  # noqa: S608
+    rows = frame(engine, f"SELECT * FROM {PROGRESS}").to_dict("records")
     return {(row["storage"], row["scope"]): row for row in rows}
 
 

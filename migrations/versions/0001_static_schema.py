@@ -424,7 +424,7 @@ def upgrade() -> None:
         sa.Column("portfolio_data_node_uid", sa.Uuid(), nullable=True, comment="producer of its values"),
         sa.Column(
             "backtest_table_price_column_name",
-            sa.String(length=20),
+            sa.String(length=63),
             server_default="close",
             nullable=False,
             comment="price column that drives its returns",

@@ -91,7 +91,7 @@ def plan_signal(signal: Signal, world: World, as_of: datetime, full_refresh: boo
         reason = "full refresh"
     elif before.code_version != SIGNAL_CODE_VERSION:
         reason = "code changed"
-    elif len(signal.emit(utc(before.watermark, "watermark"), utc(as_of, "as_of")).times):
+    elif _may_emit(signal, before.watermark, as_of):
         reason = "inputs advanced"
     else:
         return NodePlan(identifier, "up to date", None, before.watermark, before.watermark)
@@ -100,6 +100,14 @@ def plan_signal(signal: Signal, world: World, as_of: datetime, full_refresh: boo
         signal_weights_instance=signal, replace=reason in ("full refresh", "code changed"), expected_epoch=before.epoch if before else None
     )
     return NodePlan(identifier, reason, node, start, as_of)
+
+
+def _may_emit(signal: Signal, watermark: datetime, as_of: datetime) -> bool:
+    """Whether a later vector is due. A signal that raises is given work: it fails there, alone, with what depends on it."""
+    try:
+        return len(signal.emit(utc(watermark, "watermark"), utc(as_of, "as_of")).times) > 0
+    except Exception:
+        return True
 
 
 def plan_portfolio(
@@ -119,7 +127,8 @@ def _plan_portfolio(
     own = [world.progress.get(scope.uid) for scope in portfolio_scopes(configuration)]
     before = own[0]
     reason = _reason(configuration, own, full_refresh)
-    rebuilt = reason in ("full refresh", "configuration changed", "code changed")
+    held_before = any(p is not None and p.watermark is not None for p in own)
+    rebuilt = reason in ("full refresh", "configuration changed", "code changed") or (reason == "new" and held_before)
     watermark = before.watermark if before else None
     start = None if rebuilt else watermark
     held = () if start is None else world.held.get(identifier, ())
@@ -149,8 +158,8 @@ def _reason(configuration: PortfolioConfiguration, own: Sequence[Progress | None
         return "new"
     if full_refresh:
         return "full refresh"
-    behind = any(p is None or p.watermark != before.watermark for p in own)  # for example an index that it did not publish before
-    if before.configuration_hash != configuration.configuration_hash or behind:
+    state = (before.watermark, configuration.configuration_hash)
+    if any(p is None or (p.watermark, p.configuration_hash) != state for p in own):  # its own hash, or an index it did not publish before
         return "configuration changed"
     if before.code_version != PORTFOLIO_CODE_VERSION:
         return "code changed"

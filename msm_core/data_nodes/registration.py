@@ -1,6 +1,7 @@
 """The identity rows that portfolios need before they can be computed, and their stored, versioned configurations."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from psycopg import sql
 from sqlalchemy import Connection
@@ -23,6 +24,8 @@ from msm_core.models import (
 from msm_core.rows import upsert_rows
 from msm_core.storage import Scope, ensure_progress, find_calendars
 
+Version = tuple[int, dict[str, Any]]  # number and document of a stored configuration
+
 
 def register_portfolios(connection: Connection, configurations: Sequence[PortfolioConfiguration]) -> int:
     """Upsert what `configurations` need, in a fixed number of statements; returns how many configurations are new or changed.
@@ -31,11 +34,13 @@ def register_portfolios(connection: Connection, configurations: Sequence[Portfol
     Raises ConfigurationError for a portfolio given twice, IndexTaken for an index published by two.
     """
     _check_unique(configurations)
+    _check_publishers(connection, configurations)
     _upsert_metadata(connection, configurations)
-    portfolios = _upsert_portfolios(connection, configurations)
+    stored = _newest_versions(connection, [c.identifier for c in configurations])
+    portfolios = _upsert_portfolios(connection, configurations, stored)
     _upsert_groups(connection, configurations, portfolios)
     ensure_progress(connection, [s for c in configurations for s in (*portfolio_scopes(c), Scope(SignalWeightsStorage, c.signal_uid))])
-    return _store_versions(connection, configurations, portfolios)
+    return _store_versions(connection, configurations, portfolios, stored)
 
 
 def read_configurations(connection: Connection) -> list[PortfolioConfiguration]:
@@ -59,6 +64,18 @@ def _check_unique(configurations: Sequence[PortfolioConfiguration]) -> None:
             raise IndexTaken(index=c.index_identifier, first=publishers[c.index_identifier], second=c.identifier)
 
 
+def _check_publishers(connection: Connection, configurations: Sequence[PortfolioConfiguration]) -> None:
+    """An index that a stored portfolio publishes may be taken over only together with that portfolio's giving it up."""
+    publishers = {c.index_identifier: c.identifier for c in configurations if c.index_identifier}
+    statement = sql.SQL("""
+        SELECT i.unique_identifier, p.unique_identifier FROM {portfolio} p JOIN {index} i ON i.uid = p.portfolio_index_uid
+        WHERE i.unique_identifier = ANY(%(indexes)s) AND p.unique_identifier <> ALL(%(here)s)
+    """).format(portfolio=_name(PortfolioTable), index=_name(IndexTable))
+    here = [c.identifier for c in configurations]
+    for index, owner in fetch(connection, statement, {"indexes": list(publishers), "here": here}):
+        raise IndexTaken(index=index, first=owner, second=publishers[index])
+
+
 def _upsert_metadata(connection: Connection, configurations: Sequence[PortfolioConfiguration]) -> None:
     signals = {c.signal_uid: c.portfolio_markets_configuration.signal_name or c.signal.explanation() for c in configurations}
     rows = [{"signal_uid": uid, "signal_description": name} for uid, name in signals.items()]
@@ -75,21 +92,25 @@ def _upsert_metadata(connection: Connection, configurations: Sequence[PortfolioC
     upsert_rows(connection, PortfolioMetadataTable, rows, key=("unique_identifier",))
 
 
-def _upsert_portfolios(connection: Connection, configurations: Sequence[PortfolioConfiguration]) -> dict[str, object]:
-    """Portfolio rows by identifier -> uid. The calendar is linked when it is stored and unambiguous."""
+def _upsert_portfolios(
+    connection: Connection, configurations: Sequence[PortfolioConfiguration], stored: Mapping[str, Version]
+) -> dict[str, object]:
+    """Portfolio rows by identifier -> uid. The calendar is linked when it is stored and unambiguous; an index given up is unlinked."""
     found = find_calendars(connection, {c.rebalance.calendar_key for c in configurations})
     calendars = {key: matches[0][1] for key, matches in found.items() if len(matches) == 1}
     names = sorted({c.index_identifier for c in configurations if c.index_identifier})
     rows = [{"unique_identifier": name, "index_type": "portfolio", "display_name": name} for name in names]
-    stored = upsert_rows(connection, IndexTable, rows, key=("unique_identifier",), update=False)
-    indexes = {row["unique_identifier"]: row["uid"] for row in stored}
+    found_indexes = upsert_rows(connection, IndexTable, rows, key=("unique_identifier",), update=False)
+    indexes = {row["unique_identifier"]: row["uid"] for row in found_indexes}
     rows = []
     for c in configurations:
-        row: dict[str, object] = {"unique_identifier": c.identifier, "backtest_table_price_column_name": c.price_column[:20]}
+        row: dict[str, object] = {"unique_identifier": c.identifier, "backtest_table_price_column_name": c.price_column}
         if calendar := calendars.get(c.rebalance.calendar_key):
             row["calendar_uid"] = calendar
         if c.index_identifier:
             row["portfolio_index_uid"] = indexes[c.index_identifier]
+        elif c.identifier in stored and stored[c.identifier][1]["portfolio_markets_configuration"]["portfolio_index_identifier"]:
+            row["portfolio_index_uid"] = None
         rows.append(row)
     return {r["unique_identifier"]: r["uid"] for r in upsert_rows(connection, PortfolioTable, rows, key=("unique_identifier",))}
 
@@ -103,19 +124,29 @@ def _upsert_groups(connection: Connection, configurations: Sequence[PortfolioCon
     upsert_rows(connection, PortfolioGroupMembershipTable, rows, key=("portfolio_group_uid", "portfolio_uid"))
 
 
-def _store_versions(connection: Connection, configurations: Sequence[PortfolioConfiguration], portfolios: dict[str, object]) -> int:
+def _newest_versions(connection: Connection, identifiers: Sequence[str]) -> dict[str, Version]:
     statement = sql.SQL("""
-        SELECT DISTINCT ON (portfolio_uid) portfolio_uid, version, configuration FROM {table}
-        WHERE portfolio_uid = ANY(%(uids)s) ORDER BY portfolio_uid, version DESC
-    """).format(table=_name(PortfolioConfigurationTable))
-    newest = {uid: (version, stored) for uid, version, stored in fetch(connection, statement, {"uids": list(portfolios.values())})}
+        SELECT DISTINCT ON (p.unique_identifier) p.unique_identifier, c.version, c.configuration
+        FROM {configuration} c JOIN {portfolio} p ON p.uid = c.portfolio_uid
+        WHERE p.unique_identifier = ANY(%(identifiers)s) ORDER BY p.unique_identifier, c.version DESC
+    """).format(configuration=_name(PortfolioConfigurationTable), portfolio=_name(PortfolioTable))
+    found = fetch(connection, statement, {"identifiers": list(identifiers)})
+    return {identifier: (version, document) for identifier, version, document in found}
+
+
+def _store_versions(
+    connection: Connection,
+    configurations: Sequence[PortfolioConfiguration],
+    portfolios: Mapping[str, object],
+    stored: Mapping[str, Version],
+) -> int:
     rows = []
     for c in configurations:
-        uid, document = portfolios[c.identifier], c.model_dump(mode="json")
-        version, stored = newest.get(uid, (0, None))
-        if document != stored:
+        version, newest = stored.get(c.identifier, (0, None))
+        document = c.model_dump(mode="json")
+        if document != newest:
             hashes = {"configuration_hash": c.configuration_hash, "signal_uid": c.signal_uid}
-            rows.append({"portfolio_uid": uid, "version": version + 1, "configuration": document, **hashes})
+            rows.append({"portfolio_uid": portfolios[c.identifier], "version": version + 1, "configuration": document, **hashes})
     upsert_rows(connection, PortfolioConfigurationTable, rows, key=("portfolio_uid", "version"), update=False)
     return len(rows)
 

@@ -34,7 +34,7 @@ class PortfolioTable(RegistryTable):
     signal_weights_data_node_uid: Mapped[uuid.UUID | None] = _producer("producer of its signal")
     portfolio_data_node_uid: Mapped[uuid.UUID | None] = _producer("producer of its values")
     backtest_table_price_column_name: Mapped[str] = column(
-        String(20), "price column that drives its returns", server_default="close", default="close"
+        String(63), "price column that drives its returns", server_default="close", default="close"
     )
 
 

@@ -507,6 +507,20 @@ def test_start_date_is_a_local_date():
     assert list(got) == ["03-05", "03-06", "03-07"]
 
 
+@pytest.mark.parametrize(
+    ("options", "first"),
+    [
+        ({"on": "signal_change"}, "01-03"),
+        ({"on": "signal_change", "lag": 1}, "01-04"),
+        ({"on": "signal_change", "start_date": date(2024, 1, 8)}, "01-08"),
+    ],
+)
+def test_the_first_target_is_a_change(options, first):
+    """Though the signal has said the same since 1970: there is nothing to compare with before the first session that may decide."""
+    got = started({"A": daily(2, *[10.0] * 10)}, vectors_of((EVER, {"A": 1.0})), "01-10", **options)
+    assert next(iter(got)) == first
+
+
 def test_a_missing_price_at_the_start_date_fails():
     series = {"A": daily(0, *[10.0] * 10), "B": daily(3, *[50.0] * 7)}
     with pytest.raises(MissingPrice, match=r"p: no close of B at 2024-01-02 21:00Z \(last bar never"):
@@ -601,6 +615,13 @@ def test_rows_up_to_an_instant_do_not_depend_on_a_later_end():  # P7
 
 
 # -- signals ------------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_become_complete_vectors():
+    got = vectors_of(("01-02", {"b": 0.5, "É": -0.1}), ("01-03", {"b": 0.0}), ("01-04", {"A": 0.25, "a": 0.75}))
+    assert got.assets == ("A", "a", "b", "É")
+    assert got.times.tolist() == [datetime(2024, 1, day, 21) for day in (2, 3, 4)]
+    assert got.weights.tolist() == [[0, 0, 0.5, -0.1], [0, 0, 0, 0], [0.25, 0.75, 0, 0]]
 
 
 @pytest.mark.parametrize(
@@ -779,7 +800,7 @@ def random_vectors(rng: np.random.Generator, assets: tuple[str, ...]) -> Vectors
     """Emitted at closes, between them and on weekends; assets leave and come back; a vector may repeat the one before."""
     span = int((YEAR.closes[135] - YEAR.closes[22]) // np.timedelta64(1, "m"))
     at_random = YEAR.closes[22] + rng.choice(span, 10, replace=False) * np.timedelta64(1, "m")
-    always = YEAR.closes[[21, *(i - 1 for i in QUARTER_ENDS)]]
+    always = YEAR.closes[[int(rng.choice([5, 21])), *(i - 1 for i in QUARTER_ENDS)]]
     times = np.unique(np.concatenate([always, at_random, rng.choice(YEAR.closes[24:135], 10, replace=False)]))
     weights = rng.normal(0.09, 0.05, (len(times), len(assets)))
     weights[rng.random(weights.shape) < 0.3] = 0.0
@@ -829,7 +850,7 @@ def test_nights_are_one_run_to_the_bit(on, lag, accounting):  # P1, R73, R97
         assert len(whole) == 1
         rng = random.Random(k)
         grid = list(YEAR.closes[HALF_YEAR])
-        splits = [rng.sample(grid, 7), [t - 5 * HOUR for t in rng.sample(grid, 20)], grid][: 2 if k else 3]
+        splits = [rng.sample(grid, 7), [t - 5 * HOUR for t in rng.sample(grid[1:], 20)], grid][: 2 if k else 3]
         for split in splits:
             nights = one.run(*sorted(split), LAST)
             assert value_rows(nights) == value_rows(whole)

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 from pathlib import Path
 from urllib.parse import quote
 
@@ -200,7 +201,7 @@ def test_a_psycopg_error_text(canary, monkeypatch):
 def test_an_engine_shows_no_password(canary):
     engine = database.get_engine()
     assert not leaks([engine, engine.url, database.where(engine.url)])
-    with pytest.raises(DatabaseUnavailable, match="127.0.0.1:1/db") as caught:
+    with pytest.raises(DatabaseUnavailable, match=re.escape("127.0.0.1:1/db")) as caught:
         database.check_server(engine)
     error = pickle.loads(pickle.dumps(caught.value))
     assert not leaks([str(error), repr(error), error.facts, caught.value.__cause__])
@@ -211,15 +212,15 @@ def test_a_refused_password_is_not_repeated(server_url, monkeypatch):
     url = database.make_url(server_url)
     admin = url.set(drivername="postgresql").render_as_string(hide_password=False)
     with psycopg.connect(admin, autocommit=True) as connection:
-        connection.execute(f"CREATE ROLE {role} LOGIN PASSWORD 'another'")  # type: ignore[arg-type]  # noqa: S608
-        connection.execute(f"ALTER ROLE {role} CONNECTION LIMIT 0")  # type: ignore[arg-type]  # noqa: S608
+        connection.execute(f"CREATE ROLE {role} LOGIN PASSWORD 'another'")  # type: ignore[arg-type]
+        connection.execute(f"ALTER ROLE {role} CONNECTION LIMIT 0")  # type: ignore[arg-type]
         try:
             monkeypatch.setenv("MSM_DATABASE_URL", url.set(username=role, password=PASSWORD).render_as_string(hide_password=False))
             with pytest.raises(DatabaseUnavailable, match=role) as caught:
                 database.check_server(database.get_engine())
             assert not leaks(caught.value)
         finally:
-            connection.execute(f"DROP ROLE {role}")  # type: ignore[arg-type]  # noqa: S608
+            connection.execute(f"DROP ROLE {role}")  # type: ignore[arg-type]
 
 
 def test_values_stay_out_of_errors(engine):
@@ -281,9 +282,8 @@ def test_a_transaction_commits_or_leaves_nothing(engine):
     insert = "INSERT INTO msm__asset (uid, unique_identifier) VALUES (gen_random_uuid(), %s)"
     with database.transaction(engine) as connection:
         connection.exec_driver_sql(insert, ("kept",))
-    with pytest.raises(ZeroDivisionError), database.transaction(engine) as connection:
-        connection.exec_driver_sql(insert, ("lost",))
-        raise ZeroDivisionError
+    with pytest.raises(DBAPIError, match="division by zero"), database.transaction(engine) as connection:
+        connection.exec_driver_sql(f"{insert}; SELECT 1 / 0".replace("%s", "'lost'"))
     assert factories.sql(engine, "SELECT unique_identifier FROM msm__asset") == [("kept",)]
 
 
@@ -366,10 +366,11 @@ def test_other_errors():
 
 
 def test_a_killed_backend_is_transient(engine):
-    with pytest.raises(DBAPIError) as caught, engine.connect() as connection:
+    with engine.connect() as connection:
         pid = connection.exec_driver_sql("SELECT pg_backend_pid()").scalar_one()
         factories.sql(engine, "SELECT pg_terminate_backend(%s)", (pid,))
-        connection.exec_driver_sql("SELECT 1")
+        with pytest.raises(DBAPIError) as caught:
+            connection.exec_driver_sql("SELECT 1")
     assert database.is_transient(caught.value)
 
 

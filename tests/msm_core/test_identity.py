@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from msm_core.configuration import PriceSource
 from msm_core.errors import InvalidNamespace, NotCanonical, UnknownKind
 from msm_core.identity import (
     Kinds,
@@ -30,7 +31,8 @@ from msm_core.identity import (
     node_uid,
     physical_name,
 )
-from msm_core.signals import EqualWeights, FixedWeights
+from msm_core.rebalance_strategy import RebalanceStrategy
+from msm_core.signals import EqualWeights, FixedWeights, Signal
 from tests.contracts import nest
 
 NAMESPACE = "MSM_AUTO_REGISTER_NAMESPACE"
@@ -330,6 +332,34 @@ def test_what_changes_numbers_is_identity(change):  # R5, R8
     changed = {**plain, "portfolio_build_configuration": plain["portfolio_build_configuration"] | change}
     assert nest().configuration_hash == type(nest()).model_validate(plain).configuration_hash
     assert type(nest()).model_validate(changed).configuration_hash != nest().configuration_hash
+
+
+class Banded(RebalanceStrategy):
+    kind: Literal["banded"] = "banded"
+    band: float
+
+
+class File(PriceSource):
+    kind: Literal["file"] = "file"
+    path: str
+
+
+class Tilted(Signal):
+    kind: Literal["tilted"] = "tilted"
+    tilt: float
+
+
+@pytest.mark.parametrize(
+    "portfolio",
+    [
+        lambda number: nest(signal=Tilted(tilt=number)),
+        lambda number: nest(strategy=Banded(calendar_key="X", band=number)),
+        lambda number: nest(prices=File(path=f"{number}.parquet")),
+    ],
+)
+def test_fields_of_subclasses_are_identity(portfolio):
+    """A field annotated with the base class alone would drop them: different configurations, one uid."""
+    assert portfolio(1).configuration_hash == portfolio(1).configuration_hash != portfolio(2).configuration_hash
 
 
 def test_a_changed_copy_has_an_identity_of_its_own():

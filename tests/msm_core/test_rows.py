@@ -8,7 +8,14 @@ import pytest
 from sqlalchemy import Engine
 
 from msm_core.errors import InvalidRow
-from msm_core.models import AssetTable, CalendarTable, PortfolioGroupMembershipTable, PortfolioTable, RebalanceStrategyMetadataTable, RunTable
+from msm_core.models import (
+    AssetTable,
+    CalendarTable,
+    PortfolioGroupMembershipTable,
+    PortfolioTable,
+    RebalanceStrategyMetadataTable,
+    RunTable,
+)
 from msm_core.rows import document, upsert_rows
 from tests import factories
 
@@ -99,7 +106,7 @@ def test_the_uid_is_made_once_or_given(engine):
 
 @pytest.mark.parametrize("second", [{"unique_identifier": "A"}, {"unique_identifier": "A", "asset_type": "other columns"}])
 def test_a_key_given_twice_is_refused(engine, second):
-    with pytest.raises(InvalidRow, match="'A'.*is given twice in one batch"):
+    with pytest.raises(InvalidRow, match=r"'A'.*is given twice in one batch"):
         upsert(engine, AssetTable, {"unique_identifier": "A"}, {"unique_identifier": "B"}, second)
     assert assets(engine) == {}
 
@@ -118,7 +125,20 @@ def test_a_key_of_two_columns(engine):
     assert factories.sql(engine, "SELECT count(*) FROM msm__portfolio_group_membership") == [(2,)]
 
 
-HOSTILE = ["it's", '"', "x'); DROP TABLE msm__asset; --", "%s %(x)s :rows :name", "\\", "\\u0041", "\n\t", "🚀é", "e\u0301", "{}", "NULL", " "]
+HOSTILE = [
+    "it's",
+    '"',
+    "x'); DROP TABLE msm__asset; --",
+    "%s %(x)s :rows :name",
+    "\\",
+    "\\u0041",
+    "\n\t",
+    "🚀é",
+    "e\u0301",
+    "{}",
+    "NULL",
+    " ",
+]
 
 
 def test_hostile_texts_are_values(engine):
@@ -139,7 +159,13 @@ def test_types_survive_the_document(engine):
     (row,) = upsert(
         engine,
         CalendarTable,
-        {"unique_identifier": "c", "display_name": "c", "calendar_type": "CUSTOM", "valid_from": date(2024, 2, 29), "valid_to": "2024-12-31"},
+        {
+            "unique_identifier": "c",
+            "display_name": "c",
+            "calendar_type": "CUSTOM",
+            "valid_from": date(2024, 2, 29),
+            "valid_to": "2024-12-31",
+        },
     )
     assert (row["valid_from"], row["valid_to"]) == (date(2024, 2, 29), date(2024, 12, 31))
     local = datetime(2024, 1, 1, 12, 0, 0, 123456, timezone(timedelta(hours=5, minutes=30)))

@@ -17,7 +17,23 @@ from tests import factories
 scheduled = factories.scheduled
 
 EXTERNAL = ExternalPricesStorage.storage_uid()
-HOSTILE = ["A", "b", "é", "e\u0301", "it's", '"quoted"', "x; DROP TABLE msm__asset; --", "100%s", "a\nb", " ", "\\", "🚀", "{x}", "%(y)s", "x" * 255]
+HOSTILE = [
+    "A",
+    "b",
+    "é",
+    "e\u0301",
+    "it's",
+    '"quoted"',
+    "x; DROP TABLE msm__asset; --",
+    "100%s",
+    "a\nb",
+    " ",
+    "\\",
+    "🚀",
+    "{x}",
+    "%(y)s",
+    "x" * 255,
+]
 
 
 def t(text: str) -> datetime:
@@ -93,7 +109,7 @@ def test_any_table_name_is_quoted_part_by_part(engine, name, schema, table):  # 
     quoted = ".".join('"' + part.replace('"', '""') + '"' for part in (schema, table))
     factories.sql(engine, f'CREATE SCHEMA "{schema}"')
     factories.sql(engine, f"CREATE TABLE {quoted} (time_index timestamptz, asset_identifier text, close float8)".replace("%", "%%"))
-    factories.sql(engine, f"INSERT INTO {quoted} VALUES ('2024-01-02 21:00Z', 'A', 7)")  # noqa: S608
+    factories.sql(engine, f"INSERT INTO {quoted} VALUES ('2024-01-02 21:00Z', 'A', 7)")
     uid = catalogue(engine, name)
     with engine.connect() as connection:
         source = one_source(connection, uid)
@@ -156,7 +172,9 @@ def test_prices_within_both_bounds(connection, source):
 def test_what_the_table_says_is_passed_on(bars, source):
     """NaN, infinities and nonsense are prices like any other here: whoever needs the cell judges it. A null is no bar."""
     for day, price in enumerate(("NaN", "Infinity", "-3", "0"), start=10):
-        factories.sql(bars, f"INSERT INTO msm__external_prices (asset_identifier, time_index, close) VALUES ('C', '2024-01-{day}', '{price}')")  # noqa: S608
+        factories.sql(
+            bars, f"INSERT INTO msm__external_prices (asset_identifier, time_index, close) VALUES ('C', '2024-01-{day}', '{price}')"
+        )
     factories.sql(bars, "INSERT INTO msm__external_prices (asset_identifier, time_index, vwap) VALUES ('C', '2024-01-20', 1)")
     with bars.connect() as connection:
         found = storage.read_prices(connection, source, "close", ["C"], None, t("2024-12-31"))["C"]
@@ -166,7 +184,9 @@ def test_what_the_table_says_is_passed_on(bars, source):
 
 def test_infinite_timestamps_are_no_bars_and_stop_nobody(bars, source):
     """psycopg cannot even load them, and a coverage that fails would fail the plan of the whole fleet."""
-    factories.sql(bars, "INSERT INTO msm__external_prices (asset_identifier, time_index, close) VALUES ('A','-infinity',1), ('A','infinity',1)")
+    factories.sql(
+        bars, "INSERT INTO msm__external_prices (asset_identifier, time_index, close) VALUES ('A','-infinity',1), ('A','infinity',1)"
+    )
     with bars.connect() as connection:
         found = storage.price_coverage(connection, source, "close", ["A"], t("2024-12-31"))
         assert found == {"A": (t("2024-01-02 21:00"), t("2024-01-05 21:00"))}
@@ -268,7 +288,7 @@ def test_an_incompatible_table_fails_only_those_who_read_it(engine, columns):  #
     factories.open_market(engine, pd.DataFrame({"A": [1.0, 2.0]}, factories.closes_of("2024-01-02", 2)))
     factories.sql(engine, f"CREATE TABLE strange ({columns})")
     asset = "7" if "bigint" in columns else "'A'"
-    factories.sql(engine, f"INSERT INTO strange VALUES ('2024-01-02 21:00Z', {asset}, 1), ('2024-01-03 21:00Z', {asset}, 2)")  # noqa: S608
+    factories.sql(engine, f"INSERT INTO strange VALUES ('2024-01-02 21:00Z', {asset}, 1), ('2024-01-03 21:00Z', {asset}, 2)")
     uid = catalogue(engine, "strange", "StrangePrices")
     fleet = [factories.portfolio("bad", factories.fixed(A=1.0), source=uid), factories.portfolio("good", factories.fixed(A=1.0))]
     report = factories.run(engine, fleet, "2024-01-10")
@@ -323,7 +343,7 @@ def test_the_vector_before_the_window_is_read_though_another_lies_inside(engine)
 
 def test_assets_of_a_vector_come_in_bytewise_order(engine):
     assets = ["Z", "a", "B", "é", "_", "🚀", "é"]
-    store_vectors(engine, "s", d02={a: 1.0 for a in assets})
+    store_vectors(engine, "s", d02=dict.fromkeys(assets, 1.0))
     with engine.connect() as connection:
         rows = storage.read_signal_weights(connection, ["s"], storage.BEGINNING, t("2024-12-31"))["s"]
     assert rows.assets == sorted(set(assets))

@@ -1,5 +1,6 @@
 """Selectors over a fleet of five portfolios; every expected set is read off the table."""
 
+import glob
 import time
 
 import pytest
@@ -63,13 +64,12 @@ EQUAL, SIXTY, M63, M126 = "uid-equal", "uid-sixty", "uid-m63", "uid-m126"
         (["asset:AAPL"], {"ew-monthly", "ew-daily", "sixty-forty"}, {EQUAL, SIXTY}),
         (["status:failed"], {"ew-monthly", "sixty-forty"}, {EQUAL, SIXTY}),
         (["reason:prices_*"], {"ew-daily"}, {EQUAL}),
-        # union: spaces, or several expressions
-        (["ew-daily sixty-forty"], {"ew-daily", "sixty-forty"}, {EQUAL, SIXTY}),
+        # union: several expressions
+        (["ew-daily", "sixty-forty"], {"ew-daily", "sixty-forty"}, {EQUAL, SIXTY}),
         (["ew-daily", "signal:uid-m63"], {"ew-daily"}, {EQUAL, M63}),
-        ([" tag:research \t ew-daily "], {"mom-63", "mom-126", "ew-daily"}, {M63, M126, EQUAL}),
         # intersection binds closer than union
         (["tag:core,asset:MSFT"], {"ew-monthly"}, {EQUAL}),
-        (["tag:core,asset:MSFT mom-63"], {"ew-monthly", "mom-63"}, {EQUAL, M63}),
+        (["tag:core, asset:MSFT", "mom-63"], {"ew-monthly", "mom-63"}, {EQUAL, M63}),
         (["signal:equal+,tag:core"], {"ew-monthly"}, {EQUAL}),  # the signal by itself has no tag, but the portfolio brings it
         (["signal:equal+,signal:equal_weights"], set(), {EQUAL}),
         ([], {p.identifier for p in FLEET}, {EQUAL, SIXTY, M63, M126}),
@@ -91,7 +91,7 @@ def test_a_signal_under_two_names_is_followed_under_both():
         ("tag:cor", "tag:cor", "close: core"),
         ("tag:zzz", "tag:zzz", "known: core, equity, research"),
         ("signal:eqal+", "signal:eqal+", "close: equal"),
-        ("ew-daily asset:APPL", "asset:APPL", "close: AAPL"),
+        ("ew-daily,asset:APPL", "asset:APPL", "close: AAPL"),
         ("tag:core,portfolio:EW-*", "portfolio:EW-*", "known: ew-daily"),  # case counts
         ("reason:stale", "reason:stale", "no reason matches"),
         ("tag:research,status:failed", "tag:research,status:failed", "nothing matches all 2"),
@@ -103,9 +103,7 @@ def test_a_signal_under_two_names_is_followed_under_both():
         ("+", "+", "a value is missing"),
         ("signal:+", "signal:+", "a value is missing"),
         ("tag:core,,ew-daily", "tag:core,,ew-daily", "between commas"),
-        ("tag:core, ew-daily", "tag:core, ew-daily", "between commas"),
-        ('portfolio:"ew', 'portfolio:"ew', "not closed"),
-        ("ew\\", "ew\\", "backslash"),
+        (",", ",", "between commas"),
     ],
 )
 def test_a_selector_that_cannot_be_used_is_named(expression, selector, why):
@@ -124,33 +122,32 @@ def test_nothing_known_of_a_method():
 @pytest.mark.parametrize(
     ("identifier", "expression"),
     [
-        ("a, b", 'portfolio:"a, b"'),
-        ("a, b", r"a\,\ b"),
-        ("a+", '"a+"'),
-        ("+a", r"\+a"),
+        ("a, b", r"portfolio:a\, b"),
+        ("a\\,b", r"a\\,b"),
+        ("a+", "a[+]"),
+        ("+a", "portfolio:+a"),
         ("fx:eurusd", "portfolio:fx:eurusd"),
-        ("fx:eurusd", '"fx:eurusd"'),
-        ('say "hi"', r'"say \"hi\""'),
-        ("*", r"\*"),
+        ('say "hi"', 'say "hi"'),
+        ("*", "[*]"),
         ("a[1]", "a[1]"),  # the glob matches only a1, but the text is an id
-        ("a[1]", '"a[1]"'),
+        ("a[1]", "a[[]1]"),
     ],
 )
-def test_quoting(identifier, expression):
+def test_names_of_any_character(identifier, expression):
     fleet = [portfolio(identifier, "", "s", "k", "A"), portfolio("other", "", "t", "k", "A")]
     assert select([expression], fleet).portfolios == {identifier}
 
 
-IDENTIFIERS = st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1, max_size=12)
+IDENTIFIERS = st.text(st.characters(exclude_categories=["Cc", "Cs", "Z"]), min_size=1, max_size=12)
 
 
 @settings(deadline=None)
 @given(st.sets(IDENTIFIERS, min_size=1, max_size=5), st.sampled_from(sorted(METHODS)))
-def test_every_identifier_can_be_quoted(identifiers, method):
+def test_every_identifier_can_be_written(identifiers, method):
     fleet = [Selectable(i, frozenset({i}), i, i, i, frozenset({i}), i, i) for i in sorted(identifiers)]
     chosen = min(identifiers)
-    escaped = chosen.replace("\\", "\\\\").replace('"', '\\"')
-    selection = select([f'{method}:"{escaped}"'], fleet)
+    written = glob.escape(chosen).replace(",", "\\,")
+    selection = select([f"{method}:{written[:-1]}[+]" if written.endswith("+") else f"{method}:{written}"], fleet)
     assert selection.signals == {chosen}
     assert selection.portfolios == (set() if method == "signal" else {chosen})
 
@@ -169,7 +166,7 @@ def test_a_large_fleet_takes_a_moment():
     assets = frozenset(f"A{i}" for i in range(500))
     fleet = [Selectable(f"p{i}", frozenset({f"t{i % 7}"}), f"uid{i % 40}", None, "k", assets) for i in range(20_000)]
     started = time.perf_counter()
-    selection = select(["asset:A7,tag:t3 p1*"], fleet)
+    selection = select(["asset:A7,tag:t3", "p1*"], fleet)
     assert time.perf_counter() - started < 5.0  # 0.1 s on an idle core
     # p1, p10-19, p100-199, p1000-1999, p10000-19999: 1 + 10 + 100 + 1000 + 10000; of the other 8889 those that are 3 modulo 7
     assert len(selection.portfolios) == 11_111 + sum(1 for i in range(20_000) if i % 7 == 3 and not str(i).startswith("1"))

@@ -1,5 +1,6 @@
 """The write protocol, with two real connections: whatever comes between, a batch lands whole, once, and from what it claimed."""
 
+import functools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -131,7 +132,8 @@ def test_one_stale_epoch_undoes_the_whole_commit(engine, fleet, replace):
         return {"portfolio_identifier": Text.constant(name, 1), "time_index": times, **one, "close_time": times}
 
     advances = [
-        advance(scope, progress[scope.uid], progress[scope.uid].epoch - (scope.value == "p1"), block(scope.value), replace) for scope in scopes
+        advance(scope, progress[scope.uid], progress[scope.uid].epoch - (scope.value == "p1"), block(scope.value), replace)
+        for scope in scopes
     ]
     with pytest.raises(ProgressConflict, match="progress of 1 node"), transaction(engine) as connection:
         storage.commit_advances(connection, advances, None)
@@ -197,7 +199,7 @@ def test_a_slow_increment_is_rejected(engine, fleet):
 def held(engine: Engine, where: str) -> Iterator[None]:
     """Progress rows that a rival's transaction holds."""
     with factories.rival(engine) as rival:
-        rival.execute(f"SELECT uid FROM msm__data_node_update WHERE {where} FOR UPDATE")  # type: ignore[arg-type]  # noqa: S608
+        rival.execute(f"SELECT uid FROM msm__data_node_update WHERE {where} FOR UPDATE")  # type: ignore[arg-type]
         yield
 
 
@@ -433,7 +435,12 @@ def test_pointers_are_written_last(engine, fleet):  # R86
     with factories.statements() as sent:
         update_batch(engine, batch)
     writes = [" ".join(s.split()[:2]) for s in sent if s.lstrip().startswith(("COPY", "UPDATE", "INSERT", "DELETE"))]
-    assert writes == ['COPY "msm__portfolios"', 'COPY "msm__portfolio_weights"', 'UPDATE "msm__data_node_update"', 'UPDATE "msm__portfolio"']
+    assert writes == [
+        'COPY "msm__portfolios"',
+        'COPY "msm__portfolio_weights"',
+        'UPDATE "msm__data_node_update"',
+        'UPDATE "msm__portfolio"',
+    ]
 
 
 def test_a_replacement_is_atomic_for_readers(engine, fleet, injected):
@@ -480,7 +487,8 @@ def together(*tasks: Callable[[], Any]) -> list[Any]:
 def test_two_drivers_at_once_write_every_row_once(engine, fleet, sizes):  # R98, R99
     expected = reference(engine, fleet, FIRST, SECOND)
     for night in (FIRST, SECOND):
-        reports = together(*(lambda size=size: factories.run(engine, fleet, night, registered=True, batch_size=size) for size in sizes))
+        tasks = [functools.partial(factories.run, engine, fleet, night, registered=True, batch_size=size) for size in sizes]
+        reports = together(*tasks)
         assert [report.exit_code for report in reports] == [0, 0], reports
         for portfolio in {c.identifier for c in fleet}:
             assert sorted({factories.statuses(r)[portfolio] for r in reports}) in (["landed", "up_to_date"], ["landed"], ["up_to_date"])
