@@ -12,7 +12,7 @@ from uuid import UUID
 
 from pydantic import BeforeValidator, ConfigDict, Field, SerializeAsAny, field_validator
 
-from msm_core.frames import parse_frequency
+from msm_core.frames import format_frequency, parse_frequency
 from msm_core.identity import Kinds, Spec, identity
 from msm_core.rebalance_strategy import REBALANCE_STRATEGIES, RebalanceStrategy
 from msm_core.signals import SIGNALS, Signal
@@ -100,9 +100,10 @@ class PortfolioBuildConfiguration(Spec):
     @field_validator("portfolio_prices_frequency")
     @classmethod
     def _one_day_at_most(cls, value: str) -> str:
-        if parse_frequency(value) > timedelta(days=1):
+        frequency = parse_frequency(value)
+        if frequency > timedelta(days=1):
             raise ValueError("portfolio_prices_frequency is 1d at most")
-        return value
+        return format_frequency(frequency)  # 60m and 1h mean the same, so they are the same
 
 
 class PortfolioMarketsConfig(Spec):

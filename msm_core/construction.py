@@ -203,7 +203,7 @@ def _begin(configuration: PortfolioConfiguration, market: Market, vectors: Vecto
         earliest = np.datetime64(configuration.start_date, "us")
         begin = int(np.searchsorted(sessions.dates, earliest.astype("datetime64[D]")))
     else:
-        earliest = min(_priced_from(market, vectors, v) for v in range(len(vectors.times)))
+        earliest = _priced_from(market, vectors)
         begin = _first_priced_session(configuration, market, vectors, end)
     if earliest > end:
         return begin, end
@@ -211,10 +211,12 @@ def _begin(configuration: PortfolioConfiguration, market: Market, vectors: Vecto
     return begin, (sessions.closes[begin] - TICK if begin < len(sessions.closes) else end)
 
 
-def _priced_from(market: Market, vectors: Vectors, vector: int) -> np.datetime64:
-    """When a vector is known and the last of its assets has had its first bar; one that wants nothing waits for all it names."""
-    wanted = [a for a, w in zip(vectors.assets, vectors.weights[vector], strict=True) if w != 0] or vectors.assets
-    return max([vectors.times[vector], *market.first_bar[market.columns(wanted)]])
+def _priced_from(market: Market, vectors: Vectors) -> np.datetime64:
+    """The first instant at which some vector is known and all it wants has had its first bar; one that wants nothing waits for all."""
+    wanted = vectors.weights != 0
+    wanted[~wanted.any(axis=1)] = True
+    first_bars = np.where(wanted, market.first_bar[market.columns(vectors.assets)], vectors.times[:, None])
+    return np.maximum(first_bars.max(axis=1), vectors.times).min()
 
 
 def _first_priced_session(configuration: PortfolioConfiguration, market: Market, vectors: Vectors, end: np.datetime64) -> int:
@@ -242,8 +244,8 @@ def _events(
     changed = _changed(vectors, target)
     if begin is not None and begin < len(changed):
         changed[begin] = True
-    decisions = strategy.decisions(sessions, target, changed, through)
-    decided = np.flatnonzero(decisions[: max(through + 1 - strategy.execution_lag, 0)])
+    deciding = through - strategy.execution_lag  # a later decision is executed after the window
+    decided = np.flatnonzero(strategy.decisions(sessions, target, changed, deciding)[: max(deciding + 1, 0)])
     decided = decided[decided >= begin] if begin is not None else decided
     closes = sessions.closes[decided + strategy.execution_lag]
     decided, closes = decided[closes > after], closes[closes > after]

@@ -91,3 +91,12 @@ def parse_frequency(frequency: str) -> timedelta:
         raise ConfigurationError(problems=f"frequency {frequency!r} is not of the form 5m, 1h or 1d")
     unit = {"m": "minutes", "h": "hours", "d": "days"}[match[2]]
     return timedelta(**{unit: int(match[1])})
+
+
+def format_frequency(frequency: timedelta) -> str:
+    """The one spelling of a length of time: the greatest unit that divides it."""
+    minutes = frequency // timedelta(minutes=1)
+    for unit, length in (("d", 1440), ("h", 60)):
+        if minutes % length == 0:
+            return f"{minutes // length}{unit}"
+    return f"{minutes}m"

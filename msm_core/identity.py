@@ -71,6 +71,8 @@ def canonical_json(payload: Mapping[str, Any]) -> str:
 
 def identity(payload: Mapping[str, Any]) -> str:
     """The uid of a specification: 32 hex digits of sha256 over its canonical JSON, `kind` included."""
+    if "version" in payload:
+        raise NotCanonical(value=payload["version"], path="$.version", why="the name is taken by the version of the identity itself")
     body = canonical_json({"version": IDENTITY_VERSION, **payload})
     return hashlib.sha256(body.encode()).hexdigest()[:32]
 
@@ -124,7 +126,13 @@ class Kinds(Generic[S]):
 
 def current_namespace() -> str:
     """The namespace of this process; empty is the default namespace. Raises InvalidNamespace."""
-    namespace = Settings().auto_register_namespace
+    return checked_namespace(Settings().auto_register_namespace)
+
+
+def checked_namespace(namespace: str | None) -> str:
+    """An explicit namespace, or the process's own for None. Raises InvalidNamespace."""
+    if namespace is None:
+        return current_namespace()
     if namespace and not re.fullmatch(r"[a-z][a-z0-9_]{0,30}", namespace):
         raise InvalidNamespace(namespace=namespace)
     return namespace
@@ -132,13 +140,13 @@ def current_namespace() -> str:
 
 def logical_identifier(name: str, namespace: str | None = None) -> str:
     """`name` in the default namespace, `ns.name` in another; never prefixed twice. An explicit namespace wins."""
-    namespace = current_namespace() if namespace is None else namespace
+    namespace = checked_namespace(namespace)
     return f"{namespace}.{name}" if namespace and not name.startswith(f"{namespace}.") else name
 
 
 def physical_name(concept: str, namespace: str | None = None) -> str:
     """Table name of a concept, at most 63 bytes: a longer one ends in a hash of the whole, so two names never merge."""
-    namespace = current_namespace() if namespace is None else namespace
+    namespace = checked_namespace(namespace)
     name = f"msm__{concept}__{namespace}" if namespace else f"msm__{concept}"
     if len(name.encode()) <= PHYSICAL_NAME_BYTES_MAX:
         return name
@@ -153,5 +161,5 @@ def storage_uid(identifier: str) -> uuid.UUID:
 
 def node_uid(storage_identifier: str, scope: str, hash_namespace: str | None = None) -> uuid.UUID:
     """Uid of the progress row of one (storage, scope). `hash_namespace` defaults to the process namespace."""
-    namespace = current_namespace() if hash_namespace is None else hash_namespace
+    namespace = checked_namespace(hash_namespace)
     return identity_uuid({"kind": "data_node_update", "storage": storage_identifier, "scope": scope, "namespace": namespace})

@@ -229,7 +229,13 @@ def retry(
     engine = connect()
     with transaction(engine, read_only=True) as connection:
         verify_prepared(connection)
-        root, at = ledger.find_run(connection, run_)
+        try:
+            root, at = ledger.find_run(connection, run_)
+        except RunNotFound:
+            if run_ is not None:
+                raise
+            _nothing_to_retry(output)
+            return
         todo = set(ledger.unfinished(connection, root))
         stored = read_configurations(connection)
     chosen = [c for c in stored if ("portfolio", c.identifier) in todo]
@@ -240,6 +246,13 @@ def retry(
     report = execute(engine, chosen, at, options, executor, workers, task_timeout)
     show_report(report, output)
     raise typer.Exit(report.exit_code)
+
+
+def _nothing_to_retry(output: Output) -> None:
+    if output == Output.json:
+        emit_json({"status": "nothing to retry", "landed": 0, "failed": 0, "rows_written": 0})
+    else:
+        out.print("Nothing to retry: every node of every run has landed.")
 
 
 @app.command()

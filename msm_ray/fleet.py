@@ -186,8 +186,7 @@ class _Loader:
 
     def load(self) -> Fleet:
         document = self.document
-        if document.data:
-            document.check(FleetFile, document.data, ())
+        document.check(FleetFile, document.data or {"version": 1}, ())
         self.names["universe"] = document.entries("universes")
         self.names["prices"] = {name: entry and _source(entry["source"]) for name, entry in document.entries("prices").items()}
         for key, (section, _) in KINDS.items():
@@ -206,8 +205,8 @@ class _Loader:
             if key in PARTS and value is not None:  # told even if no portfolio uses it
                 self._find(key, value, ("defaults", key))
         self.defaults = self.document.entries("defaults")
-        for i, written in enumerate(self.document.data.get("portfolios", ())):
-            if self.document.broken.isdisjoint({("portfolios",), ("portfolios", i)}):
+        for i, written in self.document.entries("portfolios").items():
+            if written is not None:
                 for entry in self._combinations(written, ("portfolios", i)):
                     if portfolio := self._portfolio(entry, ("portfolios", i)):
                         yield portfolio
@@ -234,11 +233,11 @@ class _Loader:
         for key in ("execution", "price_alignment_policy"):
             if isinstance(written.get(key), dict):
                 merged[key] = {**(self.defaults.get(key) or {}), **written[key]}
-        given = {key: value for key, value in merged.items() if value is not None}
+        given = {key: value for key, value in merged.items() if value is not None or key not in PortfolioEntry.model_fields}
         entry = self.document.check(PortfolioEntry, given, keys)
         parts = {key: self._find(key, given[key], (*keys, key)) for key in PARTS if key in given}
         for key in PARTS:
-            if key not in given and (key in written or key not in self.defaults):  # else the default is broken, and told
+            if key not in given and (key in written or ("defaults", key) not in self.document.broken):  # else it is told there
                 self.document.tell((*keys, key), "is missing, here and in 'defaults'")
         for key in {"id", "publish_index"} & given.keys():
             if (name := (key, str(given[key]))) in self.taken:

@@ -80,11 +80,12 @@ class File:
             root = yaml.compose(content.decode("utf-8-sig"))
             if not isinstance(root, MappingNode):
                 raise ValueError("not a mapping of sections (version, signals, portfolios, ...)" if root else "the file is empty")
-            data = json.loads(json.dumps(yaml.constructor.construct_document(root)))  # an alias is a copy from now on
-            self.root, self.data = root, {key: value for key, value in data.items() if value is not None}
+            plain = json.dumps(yaml.constructor.construct_document(root), ensure_ascii=False).encode()  # half surrogates are refused here
+            self.root, self.data = root, {key: value for key, value in json.loads(plain).items() if value is not None}
         except (OSError, YAMLError, ValueError, KeyError, RecursionError) as error:  # ruamel passes Python's own on
             mark = getattr(error, "problem_mark", None)
-            line = mark.line if mark else content.count(b"\n", 0, getattr(error, "position", getattr(error, "start", 0)))
+            offset = getattr(error, "start" if isinstance(error, UnicodeDecodeError) else "position", 0)
+            line = mark.line if mark else content.count(b"\n", 0, offset)
             why = getattr(error, "problem", None) or getattr(error, "strerror", None) or error
             return line + 1, f"cannot be read: {why}"
 
@@ -114,9 +115,8 @@ class Document:
         self.problems: set[tuple[int, int, str]] = set()  # order of the file, line, sentence
         self._origins: dict[Keys, tuple[File, Keys]] = {}
         files: dict[Path, File] = {}
-        waiting = [top.resolve()]
-        base = waiting[0].parent
-        for path in waiting:  # grows
+        base = top.resolve().parent
+        for path in (waiting := [top.resolve()]):  # grows
             if path not in files:
                 files[path] = file = File(path.relative_to(base).as_posix(), path, len(files))
                 self._origins.setdefault((), (file, ()))
@@ -157,10 +157,11 @@ class Document:
             elif value != whole:
                 self._add(file, (section,), f"is given twice, here and at {self.where(section)}")
 
-    def entries(self, section: str) -> dict[str, Any]:
-        """A section by name; None for what is broken."""
-        entries = {} if (section,) in self.broken else self.data.get(section, {})
-        return {name: None if (section, name) in self.broken else entry for name, entry in entries.items()}
+    def entries(self, section: str) -> dict[Any, Any]:
+        """A section by name, or by position; None for what is broken."""
+        whole = {} if (section,) in self.broken else self.data.get(section, {})
+        entries = enumerate(whole) if isinstance(whole, list) else whole.items()
+        return {name: None if (section, name) in self.broken else entry for name, entry in entries}
 
     def _origin(self, keys: Keys) -> tuple[File, Keys]:
         """The file of a value, and the way to it there."""

@@ -60,7 +60,7 @@ def test_rows_need_their_tables_attached(engine):
     start_engine(["Calendar", "PortfolioGroup"])
     with pytest.raises(EngineNotStarted) as caught:
         Portfolio.upsert(unique_identifier="P")
-    assert caught.value.facts["models"] == ["Portfolio"]
+    assert caught.value.facts["models"] == "Portfolio"
     with pytest.raises(EngineNotStarted) as caught:  # dates and sessions are written too
         Calendar.create_from_pandas_calendar("24/7", "C", "C", "2024-01-01", "2024-01-01")
     assert caught.value.facts["models"] == ["CalendarDate", "CalendarSession"]
