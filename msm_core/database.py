@@ -23,6 +23,7 @@ ATTEMPTS_MAX = 8
 IDLE_TIMEOUT = "60s"
 STATEMENT_TIMEOUT = "600s"
 LOCK_TIMEOUT = "10s"
+SECRET_CHARS_MIN = 4  # shorter parts would blank out ordinary words
 
 
 # -- addresses ------------------------------------------------------------------------------------------------------------
@@ -36,9 +37,12 @@ def database_url() -> URL:
     settings = Settings()
     if settings.database_url:
         return _parse(settings.database_url.get_secret_value())
-    for path in (settings.database_url_file, embedded_url_file(settings)):
-        if path and path.exists():
-            return _parse(path.read_text().strip())
+    if settings.database_url_file:
+        if not settings.database_url_file.exists():  # a secret that is not mounted must not mean another database
+            raise ConfigurationError(problems=f"MSM_DATABASE_URL_FILE names {settings.database_url_file}, which does not exist")
+        return _parse(settings.database_url_file.read_text().strip())
+    if (path := embedded_url_file(settings)).exists():
+        return _parse(path.read_text().strip())
     if os.environ.get("PGSERVICE") or os.environ.get("PGHOST"):
         return URL.create("postgresql+psycopg")  # libpq reads its service and password files itself
     raise DatabaseNotConfigured(url_file=str(embedded_url_file(settings)))
@@ -49,11 +53,15 @@ def embedded_url_file(settings: Settings) -> Path:
 
 
 def _parse(text: str) -> URL:
+    """An address as a URL. The errors never repeat the text: it holds a password, and a badly written one may stand in any part."""
+    authority = text.partition("://")[2].partition("/")[0]
     try:
         url = make_url(text)
-    except ArgumentError:
-        # the text is not repeated: it holds a password
-        raise ConfigurationError(problems="the database address is not of the form postgresql://user:password@host:port/name") from None
+    except (ArgumentError, ValueError):
+        url = None
+    if url is None or authority.count("@") > 1:
+        form = "postgresql://user:password@host:port/name, special characters of the password percent-encoded (@ is %40)"
+        raise ConfigurationError(problems=f"the database address is not of the form {form}") from None
     if not url.drivername.startswith("postgres"):
         raise ConfigurationError(problems=f"the database address is for {url.drivername}; only postgresql:// is supported")
     return url.set(drivername="postgresql+psycopg")
@@ -65,17 +73,26 @@ def where(url: URL) -> str:
 
 
 def redact(text: str) -> str:
-    """`text` with every password removed: those inside any address, and the configured one however it is spelled."""
+    """`text` with every password removed: those inside any address, and the configured one, however it is spelled or torn apart."""
+    for secret in _secrets():
+        text = text.replace(secret, "***")
     text = re.sub(r"(\w+://[^\s:/@]*):[^\s@]*@", r"\1:***@", text)
-    text = re.sub(r"(password\s*=\s*)('[^']*'|\S+)", r"\1***", text, flags=re.IGNORECASE)
+    return re.sub(r"(password\s*=\s*)('[^']*'|\S+)", r"\1***", text, flags=re.IGNORECASE)
+
+
+def _secrets() -> list[str]:
+    """Spellings of the configured password, longest first, and its parts between the characters at which parsers tear it."""
     try:
-        password = database_url().password
+        url = database_url()
     except (MsmError, OSError):
-        return text
-    if isinstance(password, str) and len(password) >= 4:  # shorter ones would blank out ordinary words
-        for spelling in {password, quote(password, safe=""), quote(password), unquote(password)}:
-            text = text.replace(spelling, "***")
-    return text
+        return []
+    password = url.password or url.query.get("password")
+    if not isinstance(password, str):
+        return []
+    pieces = re.split(r"([@:/\s])", password)
+    parts = {"".join(pieces[i:j]) for i in range(len(pieces)) for j in range(i + 1, len(pieces) + 1)}
+    spelled = {s for part in parts | {unquote(password)} for s in (part, quote(part, safe=""), quote(part))}
+    return sorted((s for s in spelled if len(s) >= SECRET_CHARS_MIN), key=len, reverse=True)
 
 
 # -- engine -----------------------------------------------------------------------------------------------------------------

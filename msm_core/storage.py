@@ -18,6 +18,7 @@ from msm_core.errors import ProgressConflict, SourceUnusable, StorageNotPrepared
 from msm_core.frames import LastTrade, Series, SignalRows, to_datetime, utc
 from msm_core.identity import node_uid
 from msm_core.models import (
+    LOADED_NAMESPACE,
     AssetTable,
     CalendarSessionTable,
     CalendarTable,
@@ -220,7 +221,7 @@ class Scope:
 
     @property
     def uid(self) -> uuid.UUID:
-        return node_uid(self.storage.logical_name(), self.value)
+        return node_uid(self.storage.logical_name(), self.value, LOADED_NAMESPACE)  # not the environment: it is read for every uid
 
 
 @dataclass(frozen=True)

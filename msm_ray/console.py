@@ -45,7 +45,7 @@ def configure_logging(verbose: bool) -> None:
             structlog.dev.ConsoleRenderer(colors=err.is_terminal),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG if verbose else logging.INFO),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),  # looked up at each use: the stream may be replaced
     )
 
 

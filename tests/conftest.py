@@ -15,6 +15,7 @@ from sqlalchemy.exc import DBAPIError
 
 from msm_core import database
 from msm_core.embedded import EmbeddedPostgres
+from msm_core.errors import MsmError
 from msm_core.models import MetaTable
 from msm_ray import prepare
 
@@ -89,7 +90,7 @@ class Databases:
                 filled = connection.exec_driver_sql(query).scalars().all()
                 connection.exec_driver_sql(f"TRUNCATE {', '.join(filled)} CASCADE")
             prepare.prepare(engine)
-        except DBAPIError:
+        except (DBAPIError, MsmError):
             return False
         return True
 

@@ -63,7 +63,7 @@ def test_rows_need_their_tables_attached(engine):
     assert caught.value.facts["models"] == "Portfolio"
     with pytest.raises(EngineNotStarted) as caught:  # dates and sessions are written too
         Calendar.create_from_pandas_calendar("24/7", "C", "C", "2024-01-01", "2024-01-01")
-    assert caught.value.facts["models"] == ["CalendarDate", "CalendarSession"]
+    assert caught.value.facts["models"] == "CalendarDate, CalendarSession"
     with pytest.raises(EngineNotStarted):
         PortfolioGroup.upsert(unique_identifier="g").add_portfolios([])
 
