@@ -13,16 +13,20 @@ db_app = typer.Typer(help="The embedded Postgres under MSM_HOME.", no_args_is_he
 
 
 @db_app.command("start")
-def db_start() -> None:
+def db_start(output: OutputOption = Output.table) -> None:
     """Start it, or find it running; prints where it is."""
     embedded().start()
-    db_status()
+    db_status(output)
 
 
 @db_app.command("stop")
-def db_stop() -> None:
+def db_stop(output: OutputOption = Output.table) -> None:
     """Stop it; the data stay."""
-    out.print("Stopped." if embedded().stop() else "It was not running.")
+    stopped = embedded().stop()
+    if output == Output.json:
+        emit_json({"stopped": stopped})
+    else:
+        out.print("Stopped." if stopped else "It was not running.")
 
 
 @db_app.command("status")
@@ -36,12 +40,15 @@ def db_status(output: OutputOption = Output.table) -> None:
 
 
 @db_app.command("url")
-def db_url() -> None:
+def db_url(output: OutputOption = Output.table) -> None:
     """Its address, password included: for export MSM_DATABASE_URL=$(msm-ray db url)."""
     url = embedded().url()
     if url is None:
         raise DatabaseNotConfigured(url_file=str(embedded().url_file))
-    sys.stdout.write(url + "\n")
+    if output == Output.json:
+        emit_json({"url": url})
+    else:
+        sys.stdout.write(url + "\n")
 
 
 @db_app.command("psql", context_settings={"ignore_unknown_options": True, "allow_extra_args": True})

@@ -15,6 +15,7 @@ from sqlalchemy import Engine, text
 import msm_core
 from msm_core.api import Asset, Calendar, CalendarDate, CalendarSession
 from msm_core.data_nodes.prices import publish_prices
+from msm_core.embedded import EmbeddedPostgres
 from msm_core.models import ExternalPricesStorage
 from msm_ray import cli
 
@@ -191,3 +192,19 @@ def test_unprepared_database_is_refused_before_anything(empty_engine: Engine, mo
     assert "msm-ray prepare" in capsys.readouterr().err
     with empty_engine.connect() as connection:
         assert connection.execute(text("SELECT count(*) FROM pg_tables WHERE schemaname = 'public'")).scalar() == 0
+
+
+def test_the_embedded_database_by_its_verbs(
+    run_cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    home = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("MSM_HOME", str(home))
+    assert run_cli("db", "url")[0] == 2  # nothing runs yet
+    try:
+        assert run_cli("db", "start")[1]["running"] is True
+        assert run_cli("db", "url")[1]["url"].startswith("postgresql://msm:")
+        assert run_cli("db", "stop") == (0, {"stopped": True})
+        assert run_cli("db", "stop") == (0, {"stopped": False})
+        assert run_cli("db", "status")[1]["running"] is False
+    finally:
+        EmbeddedPostgres(home=home).destroy()
