@@ -103,10 +103,6 @@ class StorageNotPrepared(MsmError):
     message = "these tables are missing: {tables}. Run `msm-ray prepare` (it creates and upgrades tables; nothing else does)."
 
 
-class StorageMismatch(MsmError):
-    message = "table {table} differs from its declaration: {differences}. Run `msm-ray prepare`, or move the table out of the way."
-
-
 class RowNotFound(MsmError):
     message = "no {model} row has {key}."
 

@@ -145,7 +145,7 @@ def prepare(
         sys.stdout.write(preparation.ddl(engine))
         return
     done = preparation.check(engine) if check else preparation.prepare(engine)
-    document: dict[str, Any] = {"pending": list(done.pending) if check else [], "missing": list(done.missing), "drifted": []}
+    document: dict[str, Any] = {"pending": list(done.pending) if check else [], "missing": list(done.missing)}
     if not check:
         document["applied"] = list(done.pending)
     if fleet and not check:
