@@ -48,7 +48,7 @@ class Text:
         return cls(codes, tuple(category for part in parts for category in part.categories))
 
 
-Column = Floats | Times | Text
+Column = np.ndarray | Text  # float64, datetime64[us], bool; text by dictionary
 Block = Mapping[str, Column]
 Statement = sql.SQL | sql.Composed
 
@@ -87,7 +87,7 @@ def copy_in(connection: Connection, table: str, block: Block) -> int:
 
 def encode_rows(block: Block, rows: slice) -> bytes:
     """Tuples of the COPY format: every field gets a slot of its greatest width, then a mask squeezes out what is not used."""
-    fields = [_encode_text(column, rows) if isinstance(column, Text) else _encode_number(column[rows]) for column in block.values()]
+    fields = [_encode_text(column, rows) if isinstance(column, Text) else _encode_values(column[rows]) for column in block.values()]
     count = len(fields[0][0])
     head = np.broadcast_to(np.frombuffer(len(fields).to_bytes(2, "big"), np.uint8), (count, 2))
     slots = np.hstack([head, *(slot for slot, _ in fields)])
@@ -95,8 +95,12 @@ def encode_rows(block: Block, rows: slice) -> bytes:
     return slots[used].tobytes()
 
 
-def _encode_number(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Slots (R, 12) and mask of a float8 or timestamptz column: 4 bytes of length, 8 of data."""
+def _encode_values(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Slots and mask of a float8 or timestamptz column, (R, 12): 4 bytes of length, 8 of data; of a boolean one, (R, 5)."""
+    if values.dtype.kind == "b":
+        slots = np.zeros((len(values), 5), np.uint8)
+        slots[:, 3], slots[:, 4] = 1, values
+        return slots, np.ones(slots.shape, bool)
     if values.dtype.kind == "M":
         null, data = np.isnat(values), (values.astype("datetime64[us]") - POSTGRES_EPOCH).astype(">i8")
     else:

@@ -103,6 +103,25 @@ class StorageNotPrepared(MsmError):
     message = "these tables are missing: {tables}. Run `msm-ray prepare` (it creates and upgrades tables; nothing else does)."
 
 
+class StorageMismatch(MsmError):
+    message = (
+        "table {table} is not what is declared: {differences}. Nothing was changed: it may hold somebody's data. "
+        "Put it right by hand, or rename or drop it and run `msm-ray prepare`."
+    )
+
+
+class StorageCollision(MsmError):
+    message = (
+        "storage {storage} was made for {stored}, but {given} has the same name. "
+        "Give one of the sources another identifier in the catalogue."
+    )
+
+
+class PrepareBusy(MsmError):
+    message = "another `msm-ray prepare` has held the lock for {seconds} s. Wait for it, or see who it is in pg_stat_activity."
+    retryable = True
+
+
 class RowNotFound(MsmError):
     message = "no {model} row has {key}."
 
@@ -127,6 +146,13 @@ class SourceNotRegistered(MsmError):
 
 class SourceUnusable(MsmError):
     message = "price source {source}: {why}."
+
+
+class SourceConflict(MsmError):
+    message = (
+        "{source} is registered already with {differences}. Replace it if that was wrong (--replace, replace=True), "
+        "then recompute what reads it with --full-refresh."
+    )
 
 
 class CalendarNotFound(MsmError):
@@ -167,6 +193,30 @@ class MissingPrice(MsmError):
 
 class InvalidPrice(MsmError):
     message = "{portfolio}: {column} of {asset} at {time} is {value}; a price must be finite and above 0. Correct the source."
+
+
+class MisplacedBar(MsmError):
+    message = (
+        "{source}: the bar of {asset} at {time} belongs to no session of {calendar}: that of {date} is {opens} to {closes}. "
+        "Stamp bars at the close of their session, register the source with time label session_date, or correct the asset's calendar."
+    )
+
+
+class BarOffGrid(MsmError):
+    message = (
+        "{source}: the bar of {asset} at {time} is off the {cadence} grid of {calendar}, whose session opens at {opens}. "
+        "Stamp bars at the end of their interval, or correct the cadence of the source or the asset's calendar."
+    )
+
+
+class RepeatedBar(MsmError):
+    message = "{source}: {asset} has two bars for {time}. Its cadence is not {cadence}, or the source repeats itself: correct either."
+
+
+class PriceGap(MsmError):
+    """A gap under the rule `none`."""
+
+    message = "{source}: {asset} lacks {count} bar(s): {times}. Load them, or choose the rule ffill."
 
 
 class InvalidWeight(MsmError):

@@ -41,12 +41,21 @@ BEGINNING = datetime.min.replace(tzinfo=UTC)
 
 @dataclass(frozen=True)
 class Source:
-    """A price storage as the catalogue knows it. `columns`: name -> type of its live table; `readable`: this role may select."""
+    """A price storage as the catalogue knows it.
+
+    kind        prices: somebody else's; interpolated_prices: made by this system, under the policy in `components`
+    cadence     length of a bar, `1d`; None = not told
+    columns     name -> type of its live table
+    readable    this role may select
+    """
 
     uid: uuid.UUID
     identifier: str
     table: str
+    kind: str
+    cadence: str | None
     time_label: str
+    components: Mapping[str, str]
     columns: Mapping[str, str]
     readable: bool
 
@@ -67,7 +76,7 @@ def verify_prepared(connection: Connection, tables: Iterable[type[MetaTable]] | 
 def read_sources(connection: Connection, uids: Iterable[uuid.UUID]) -> dict[uuid.UUID, Source]:
     """Catalogue entries by uid; those that are not registered, or whose table does not exist, are absent."""
     statement = sql.SQL("""
-        SELECT m.uid, m.identifier, m.physical_table_name, m.time_label,
+        SELECT m.uid, m.identifier, m.physical_table_name, m.kind, m.cadence, m.time_label, m.identity_components,
                jsonb_object_agg(a.attname, format_type(a.atttypid, a.atttypmod)), has_table_privilege(a.attrelid, 'SELECT')
         FROM {catalogue} m
         CROSS JOIN LATERAL (SELECT array_agg(quote_ident(n)) FROM unnest(string_to_array(m.physical_table_name, '.')) n) p(parts)

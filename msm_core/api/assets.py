@@ -1,5 +1,7 @@
 """Asset rows: what prices are keyed by. Facts of one kind of asset live in tables of their own."""
 
+import uuid
+
 from msm_core.api.base import Row
 from msm_core.api.fields import Json
 from msm_core.models import AssetTable, AssetTypeTable
@@ -13,7 +15,11 @@ class AssetType(Row, table=AssetTypeTable, key=("asset_type",)):
 
 
 class Asset(Row, table=AssetTable, key=("unique_identifier",)):
-    """`unique_identifier` is the asset_identifier of every storage."""
+    """`unique_identifier` is the asset_identifier of every storage.
+
+    calendar_uid  the stored calendar whose sessions the asset trades in, which interpolation goes by; None = 24/7
+    """
 
     unique_identifier: str
     asset_type: str | None = None
+    calendar_uid: uuid.UUID | None = None

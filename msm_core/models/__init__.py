@@ -16,6 +16,7 @@ from msm_core.models.portfolios import (
 from msm_core.models.storages import (
     STORAGES,
     ExternalPricesStorage,
+    InterpolatedPricesStorage,
     PortfolioIndexValuesStorage,
     PortfoliosStorage,
     PortfolioWeightsStorage,
@@ -35,6 +36,7 @@ __all__ = [
     "ExternalPricesStorage",
     "IndexTable",
     "IndexTypeTable",
+    "InterpolatedPricesStorage",
     "MetaTable",
     "PortfolioConfigurationTable",
     "PortfolioGroupMembershipTable",

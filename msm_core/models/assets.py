@@ -1,9 +1,12 @@
 """Assets and indexes: what prices and published portfolios are keyed by."""
 
-from sqlalchemy import String, Text
+import uuid
+
+from sqlalchemy import ForeignKey, String, Text, Uuid
 from sqlalchemy.orm import Mapped
 
 from msm_core.models.base import Identifier, RegistryTable, column, metadata_json
+from msm_core.models.calendars import CalendarTable
 
 
 class AssetTypeTable(RegistryTable):
@@ -18,6 +21,9 @@ class AssetTable(RegistryTable):
     __concept__ = "Asset"
     unique_identifier: Mapped[str] = column(Identifier(), "business key; asset_identifier in every storage", unique=True)
     asset_type: Mapped[str | None] = column(String(64), "type of the asset, for example equity", index=True)
+    calendar_uid: Mapped[uuid.UUID | None] = column(
+        Uuid, "calendar of its trading sessions; null = it trades around the clock, 24/7", ForeignKey(CalendarTable.uid), index=True
+    )
 
 
 class IndexTypeTable(RegistryTable):

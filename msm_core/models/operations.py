@@ -19,7 +19,9 @@ class TimeIndexMetaTable(RegistryTable):
     identifier: Mapped[str] = column(Identifier(), "logical identifier, namespace included", unique=True)
     namespace: Mapped[str] = column(String(31), "namespace, empty for the default one", server_default="", default="")
     physical_table_name: Mapped[str] = column(Identifier(), "table in the database, schema-qualified where it needs to be")
-    kind: Mapped[str] = column(String(64), "prices, signal_weights, portfolio_weights, portfolios or portfolio_index")
+    kind: Mapped[str] = column(
+        String(64), "prices, interpolated_prices, signal_weights, portfolio_weights, portfolios or portfolio_index"
+    )
     cadence: Mapped[str | None] = column(String(16), "length of a bar: 1d, 5m; null where rows come as they come")
     time_label: Mapped[str] = column(
         String(16), "close: a bar is stamped at its end; session_date: at 00:00 of its local date", server_default="close", default="close"
@@ -28,6 +30,7 @@ class TimeIndexMetaTable(RegistryTable):
         JSONB, "what the identity of a configured storage is made of", server_default="{}", default=dict
     )
     schema_fingerprint: Mapped[str] = column(String(64), "digest of column names and types when registered")
+    revision: Mapped[str | None] = column(Text, "the Alembic operations that made the table of a configured storage")
     description: Mapped[str | None] = column(Text, "what the storage holds")
 
 
@@ -36,7 +39,7 @@ class DataNodeUpdateTable(RegistryTable):
 
     __concept__ = "DataNodeUpdate"
     __table_args__ = (UniqueConstraint("storage", "scope"), CheckConstraint("epoch >= 0 AND row_count >= 0", name="counts"))
-    kind: Mapped[str] = column(String(64), "signal_weights, portfolio_weights, portfolios or portfolio_index")
+    kind: Mapped[str] = column(String(64), "interpolated_prices, signal_weights, portfolio_weights, portfolios or portfolio_index")
     storage: Mapped[str] = column(Identifier(), "logical identifier of the storage")
     scope: Mapped[str] = column(Identifier(), "value of the storage's scope column: whose rows")
     configuration_hash: Mapped[str | None] = column(String(64), "configuration that the rows were computed from")
@@ -73,8 +76,8 @@ class RunNodeTable(MetaTable):
     __table_args__ = (Index(None, "node_uid", "recorded_at"),)
     run_uid: Mapped[uuid.UUID] = column(Uuid, "the run", ForeignKey(RunTable.uid, ondelete="CASCADE"), primary_key=True)
     node_uid: Mapped[uuid.UUID] = column(Uuid, "progress row of the node", primary_key=True)
-    kind: Mapped[str] = column(String(64), "signal or portfolio")
-    identifier: Mapped[str] = column(Identifier(), "signal_uid or portfolio_identifier")
+    kind: Mapped[str] = column(String(64), "prices, signal or portfolio")
+    identifier: Mapped[str] = column(Identifier(512), "storage/asset_identifier, signal_uid or portfolio_identifier")
     status: Mapped[str] = column(String(16), "landed, up_to_date, failed, skipped or busy")
     reason: Mapped[str] = column(String(64), "why the node was in the plan")
     error: Mapped[dict[str, Any] | None] = column(JSONB, "reason and message of a failure")

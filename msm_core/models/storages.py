@@ -1,14 +1,18 @@
-"""The static time-indexed storages. Their catalogue rows are written by `prepare`."""
+"""The time-indexed storages: the static ones, and interpolated prices, one table per policy. `prepare` makes all of them."""
 
+import functools
+import uuid
 from datetime import datetime
-from typing import Any
+from typing import Any, ClassVar
 
-from sqlalchemy import Boolean, CheckConstraint, Float
+from sqlalchemy import Boolean, CheckConstraint, Float, MetaData
 from sqlalchemy.orm import Mapped, MappedColumn
 
-from msm_core.models.base import Identifier, StorageTable, column, instant
+from msm_core.identity import identity, logical_identifier
+from msm_core.models.base import LOADED_NAMESPACE, NAMING, Identifier, StorageTable, column, instant
 
 FINITE = "{0} > '-Infinity' AND {0} < 'Infinity'"  # NaN sorts above Infinity in Postgres, so this refuses it too
+DIGEST_CHARS = 16  # of the policy, in the names of its storage; `prepare` and the runtime refuse two policies of one name
 POSITIVE = "{0} > 0 AND {0} < 'Infinity'"
 
 
@@ -24,13 +28,11 @@ def _number(comment: str, name: str | None = None, nullable: bool = True) -> Map
     return column(Float(53), comment, name=name, nullable=nullable)
 
 
-class ExternalPricesStorage(StorageTable):
-    """Price bars published by anyone. Kept physically by (asset, time), as they are read."""
+class PriceBarsStorage(StorageTable):
+    """Price bars at the price grain. Kept physically by (asset, time), as they are read."""
 
-    __concept__ = "ExternalPrices"
-    __storage_kind__ = "prices"
+    __abstract__ = True
     __scope__ = "asset_identifier"
-    __cadence__ = "1d"
     asset_identifier: Mapped[str] = _key("Asset.unique_identifier")
     time_index: Mapped[datetime] = _time_index("end of the bar, UTC")
     open_time: Mapped[datetime | None] = instant("start of the bar, UTC")
@@ -42,6 +44,53 @@ class ExternalPricesStorage(StorageTable):
     trade_count: Mapped[float | None] = _number("number of trades")
     vwap: Mapped[float | None] = _number("volume-weighted average price")
     interpolated: Mapped[bool | None] = column(Boolean, "made by an interpolation policy, not observed")
+
+
+class ExternalPricesStorage(PriceBarsStorage):
+    """Price bars published by anyone."""
+
+    __concept__ = "ExternalPrices"
+    __storage_kind__ = "prices"
+    __cadence__ = "1d"
+
+
+class InterpolatedPricesStorage(PriceBarsStorage):
+    """Bars of a source under one interpolation policy, without gaps. The policy names the table and stands in no row of it.
+
+    `configured` makes the class of one policy. Their tables are no part of the static schema: they have a MetaData of their own.
+    """
+
+    __abstract__ = True
+    __storage_kind__ = "interpolated_prices"
+    __metatable_extra_hash_components__: ClassVar[dict[str, str]]
+    metadata = MetaData(naming_convention=NAMING)
+
+    @classmethod
+    def logical_name(cls) -> str:
+        return logical_identifier(f"InterpolatedPricesTS.{cls.__concept__.rpartition('_')[2]}", LOADED_NAMESPACE)
+
+    @staticmethod
+    @functools.cache
+    def configured(
+        source_time_index_meta_table_uid: uuid.UUID, source_cadence: str, upsample_frequency_id: str, intraday_bar_interpolation_rule: str
+    ) -> "type[InterpolatedPricesStorage]":
+        """The storage of a policy: these four make its identity, and nothing else does."""
+        components = {
+            "source_time_index_meta_table_uid": str(source_time_index_meta_table_uid),
+            "source_cadence": source_cadence,
+            "upsample_frequency_id": upsample_frequency_id,
+            "intraday_bar_interpolation_rule": intraday_bar_interpolation_rule,
+        }
+        digest = identity({"kind": "interpolated_prices_storage", **components})[:DIGEST_CHARS]
+        members = {
+            "__doc__": f"Prices of source {source_time_index_meta_table_uid} ({source_cadence}) at {upsample_frequency_id}, "
+            f"gaps: {intraday_bar_interpolation_rule}.",
+            "__concept__": f"InterpolatedPrices_{digest}",
+            "__cadence__": upsample_frequency_id,
+            "__metatable_extra_hash_components__": components,
+            "__module__": __name__,
+        }
+        return type(f"InterpolatedPricesStorage_{digest}", (InterpolatedPricesStorage,), members)
 
 
 class SignalWeightsStorage(StorageTable):

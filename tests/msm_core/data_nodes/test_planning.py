@@ -302,7 +302,9 @@ def test_a_later_vector_is_due(engine, market):  # R75
 
 
 COLUMNS = {"time_index": "timestamp with time zone", "asset_identifier": "character varying(255)", "close": "double precision"}
-SOURCE = Source(ExternalPricesStorage.storage_uid(), "ExternalPricesTS", "msm__external_prices", "close", COLUMNS, readable=True)
+SOURCE = Source(
+    ExternalPricesStorage.storage_uid(), "ExternalPricesTS", "msm__external_prices", "prices", "1d", "close", {}, COLUMNS, readable=True
+)
 
 
 def world(
