@@ -8,23 +8,30 @@ role needs the right to create tables; the role of the nightly run does not.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 from msm_core.database import get_engine
 from msm_ray.fleet import load_fleet
 from msm_ray.prepare import prepare
-from msm_ray.store import store_fleet
+from msm_ray.store import store_fleet, stored_price_sources
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--file", type=Path, help="fleet.yaml whose configurations are stored too")
+    parser.add_argument(
+        "--file",
+        type=Path,
+        help="fleet.yaml whose configurations are stored, and whose price tables are made; default: those of the stored fleet",
+    )
     arguments = parser.parse_args()
-    engine = get_engine()
-    done = prepare(engine)
-    print(f"{len(done.pending)} revisions applied")
-    if arguments.file:
-        print(f"{store_fleet(engine, load_fleet(arguments.file))} configurations new or changed")
+    engine, fleet = get_engine(), load_fleet(arguments.file) if arguments.file else None
+    done = prepare(engine, [c.price_source for c in fleet.portfolios] if fleet else stored_price_sources(engine))
+    print(f"{len(done.pending)} revisions and tables applied")
+    if fleet:
+        print(f"{store_fleet(engine, fleet)} configurations new or changed")
+    if done.problems:
+        sys.exit("not prepared: " + "; ".join(done.problems))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 from uuid import UUID
 
-from pydantic import BeforeValidator, ConfigDict, Field, SerializeAsAny, field_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, SerializeAsAny, field_validator
 
 from msm_core.frames import format_frequency, parse_frequency
 from msm_core.identity import Kinds, Spec, identity
@@ -27,20 +27,47 @@ class PriceTypeNames(StrEnum):
     VWAP = "vwap"
 
 
+SourceKey = tuple[UUID, tuple[str, str] | None]
+
+
 class PriceSource(Spec):
     """Any node that exposes price rows keyed by (time_index, asset_identifier); only where they are, never who wrote them."""
 
     @property
     def source_uid(self) -> UUID:
-        """Catalogue uid of the storage that is read."""
+        """Catalogue uid of the storage that is read or, where there is a policy, of the one that is interpolated."""
         raise NotImplementedError
+
+    @property
+    def policy(self) -> tuple[str, str] | None:
+        """(frequency, rule) of an interpolation; None: the storage is read as it is."""
+        return None
+
+    @property
+    def asset_list(self) -> tuple[str, ...] | None:
+        """Assets that an interpolation is for; None: those that the portfolios need."""
+        return None
+
+    @property
+    def key(self) -> SourceKey:
+        """What tells price sources apart; two of the same key read the same storage."""
+        return self.source_uid, self.policy
+
+    @property
+    def pointer(self) -> "PriceSource":
+        """What a configuration holds of this source: never a producer of prices, only where they are."""
+        return self
+
+    @property
+    def identity_payload(self) -> dict[str, Any]:
+        return self.model_dump(exclude_none=True)
 
 
 PRICE_SOURCES: Kinds[PriceSource] = Kinds("price source")
 
 AnySignal = Annotated[SerializeAsAny[Signal], BeforeValidator(SIGNALS.parse)]
 AnyRebalanceStrategy = Annotated[SerializeAsAny[RebalanceStrategy], BeforeValidator(REBALANCE_STRATEGIES.parse)]
-AnyPriceSource = Annotated[SerializeAsAny[PriceSource], BeforeValidator(PRICE_SOURCES.parse)]
+AnyPriceSource = Annotated[SerializeAsAny[PriceSource], BeforeValidator(PRICE_SOURCES.parse), AfterValidator(lambda s: s.pointer)]
 
 
 class PortfolioExecutionConfiguration(Spec):
@@ -138,6 +165,7 @@ class PortfolioConfiguration(Spec):
     def configuration_hash(self) -> str:
         """Identity of what changes numbers: renaming a portfolio does not change it."""
         build = self.portfolio_build_configuration.model_dump(exclude_none=True)
+        build["price_source_instance"] = self.price_source.identity_payload
         return identity({"kind": self.kind, "portfolio_build_configuration": build})
 
     @property

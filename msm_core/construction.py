@@ -16,8 +16,6 @@ from msm_core.sessions import Sessions
 from msm_core.signals import Vectors
 from msm_core.valuation import ACCOUNTINGS, Bars, Events, Opening, Trades
 
-UTC_MIDNIGHT = np.timedelta64(0, "us")
-
 
 @dataclass(frozen=True)
 class Market:
@@ -107,17 +105,10 @@ def _known(bars: Series, sessions: Sessions, time_label: str) -> Series:
     """Bars stamped with the instant at which they became known."""
     if time_label == "close":
         return bars
-    dates = _local_dates(bars.times, sessions)
+    dates = sessions.labelled_dates(bars.times)
     row = np.searchsorted(sessions.dates, dates)
     is_session = np.isin(dates, sessions.dates)
     return Series(sessions.closes[row[is_session]], bars.values[is_session], bars.volumes[is_session])
-
-
-def _local_dates(times: Times, sessions: Sessions) -> np.ndarray:
-    """Date that a `session_date` stamp means: its UTC date when it is 00:00 UTC, else the date of that midnight in the calendar's zone."""
-    utc_dates = times.astype("datetime64[D]")
-    local_dates = sessions.to_local(times).astype("datetime64[D]")
-    return np.where(times - utc_dates == UTC_MIDNIGHT, utc_dates, local_dates)
 
 
 def _usable(bars: Series) -> Series:

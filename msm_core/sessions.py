@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -36,15 +36,26 @@ class Sessions:
         """Raises CalendarRangeError when the window (UTC) leaves the calendar's range, EmptySchedule when it holds no session at all."""
         if end < start:
             raise CalendarRangeError(**self._range(), needed=f"{iso(start)}..{iso(end)}", why="the range is reversed")
-        # a session may close on the UTC date after its local one (24/7 closes at the next 00:00), or before it: one day of grace
-        if start.astype("datetime64[D]") < self.valid_from - 1 or end.astype("datetime64[D]") > self.valid_to + 1:
+        if not self.covers(start, end):
             raise CalendarRangeError(**self._range(), needed=f"{iso(start)}..{iso(end)}", why="the update window")
         if len(self.closes) == 0:
             raise EmptySchedule(calendar=self.calendar, start=iso(start), end=iso(end))
 
+    def covers(self, start: Times | np.datetime64, end: Times | np.datetime64) -> Any:
+        """Whether windows (UTC) lie in the calendar's range.
+
+        A session may close on the UTC date after its local one (24/7 closes at the next 00:00), or before it: one day of grace.
+        """
+        return (start.astype("datetime64[D]") >= self.valid_from - 1) & (end.astype("datetime64[D]") <= self.valid_to + 1)
+
     def to_local(self, times: Times) -> Times:
         """UTC instants as wall-clock times of the calendar's zone."""
         return pd.DatetimeIndex(times, tz="UTC").tz_convert(self.timezone).tz_localize(None).to_numpy().astype("datetime64[us]")
+
+    def labelled_dates(self, times: Times) -> np.ndarray:
+        """Dates that `session_date` stamps mean: the UTC date of 00:00 UTC, else the date of that midnight in the calendar's zone."""
+        utc_dates = times.astype("datetime64[D]")
+        return np.where(times == utc_dates, utc_dates, self.to_local(times).astype("datetime64[D]"))
 
     def valuation_times(self, frequency: timedelta) -> Times:
         """Session closes for a frequency of a day; else every `open + k * frequency` inside each session, and its close."""

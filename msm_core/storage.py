@@ -7,7 +7,8 @@ a compare-and-set on `epoch` in the same transaction as the rows (design.md sect
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from functools import cached_property
 
 import numpy as np
 from psycopg import sql
@@ -58,6 +59,16 @@ class Source:
     components: Mapping[str, str]
     columns: Mapping[str, str]
     readable: bool
+
+    @property
+    def margin(self) -> timedelta:
+        """How long before it becomes known a bar may be stamped: one labelled by its date, in any time zone."""
+        return timedelta(days=2) if self.time_label == "session_date" else timedelta(0)
+
+    @property
+    def is_inside(self) -> bool:
+        """Written by this very system: read in the claiming transaction, and by nobody's snapshot."""
+        return self.kind == "interpolated_prices"
 
     @property
     def numeric(self) -> list[str]:
@@ -138,7 +149,7 @@ def price_coverage(
         (SELECT p.time_index FROM {table} p
          WHERE p.asset_identifier = a.asset AND p.time_index > '-infinity' AND p.time_index <= %(as_of)s AND p.{column} IS NOT NULL
          ORDER BY p.time_index {direction} LIMIT 1)""")
-    parts = {"table": _foreign(*source.table.split(".")), "column": _foreign(column)}
+    parts = {"table": foreign_name(*source.table.split(".")), "column": foreign_name(column)}
     statement = sql.SQL("SELECT a.asset, {first}, {last} FROM unnest(%(assets)s::text[]) a(asset)").format(
         first=edge.format(direction=sql.SQL("ASC"), **parts), last=edge.format(direction=sql.SQL("DESC"), **parts)
     )
@@ -158,7 +169,7 @@ def read_prices(
                 WHERE p.asset_identifier = a.asset AND p.time_index >= %(since)s AND p.time_index <= %(through)s AND p.{column} IS NOT NULL
                 ORDER BY p.time_index) q) s(times, prices, volumes)
         WHERE s.times IS NOT NULL
-    """).format(column=_foreign(column), volume=sql.SQL(volume), table=_foreign(*source.table.split(".")))
+    """).format(column=foreign_name(column), volume=sql.SQL(volume), table=foreign_name(*source.table.split(".")))
     found = fetch(connection, statement, {"assets": list(assets), "since": since or BEGINNING, "through": through})
     series = {asset: Series(*arrays) for asset, *arrays in found}
     for asset, bars in series.items():
@@ -228,7 +239,7 @@ class Scope:
     storage: type[StorageTable]
     value: str
 
-    @property
+    @cached_property
     def uid(self) -> uuid.UUID:
         return node_uid(self.storage.logical_name(), self.value, LOADED_NAMESPACE)  # not the environment: it is read for every uid
 
@@ -268,6 +279,15 @@ def ensure_progress(connection: Connection, scopes: Iterable[Scope]) -> None:
     """A progress row for each scope; existing ones stay as they are."""
     rows = [{"uid": s.uid, "kind": s.storage.__storage_kind__, "storage": s.storage.logical_name(), "scope": s.value} for s in set(scopes)]
     upsert_rows(connection, DataNodeUpdateTable, rows, key=("storage", "scope"), update=False)
+
+
+def reset_progress(connection: Connection, storages: Sequence[str]) -> None:
+    """Nothing is computed any more in `storages`, given by logical name: their tables are new."""
+    statement = sql.SQL("""
+        UPDATE {table} SET watermark = NULL, row_count = 0, input_digest = NULL, epoch = epoch + 1, updated_at = now()
+        WHERE storage = ANY(%(storages)s) AND watermark IS NOT NULL
+    """).format(table=_name(DataNodeUpdateTable))
+    execute(connection, statement, {"storages": list(storages)})
 
 
 def read_progress(connection: Connection, uids: Iterable[uuid.UUID]) -> dict[uuid.UUID, Progress]:
@@ -328,6 +348,6 @@ def _name(table: type[MetaTable]) -> sql.Identifier:
     return sql.Identifier(table.__tablename__)
 
 
-def _foreign(*parts: str) -> sql.Identifier:
+def foreign_name(*parts: str) -> sql.Identifier:
     """A name chosen by others, quoted part by part; psycopg takes a percent sign for a placeholder even inside quotes."""
     return sql.Identifier(*(part.replace("%", "%%") for part in parts))

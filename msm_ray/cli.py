@@ -36,9 +36,9 @@ from msm_ray.fleet import fleet_json_schema, load_fleet
 from msm_ray.plan import make_plan
 from msm_ray.run import Options, RunReport, run_fleet
 from msm_ray.session import choose_portfolios, connect, own_server, parse_as_of
-from msm_ray.store import store_fleet
+from msm_ray.store import store_fleet, stored_price_sources
 
-EXIT_CRASH, EXIT_USAGE, EXIT_PENDING = 1, 2, 10
+EXIT_CRASH, EXIT_USAGE, EXIT_PARTIAL, EXIT_PENDING = 1, 2, 3, 10
 USAGE_ERRORS = (ConfigurationError, SelectionError, DatabaseNotConfigured, InvalidNamespace, StorageNotPrepared, RunNotFound)
 
 app = typer.Typer(
@@ -138,27 +138,50 @@ def prepare(
     sql: Annotated[bool, typer.Option("--sql", help="Print the DDL that is pending, and change nothing.")] = False,
     output: OutputOption = Output.table,
 ) -> None:
-    """Create and upgrade tables; with -f also store the fleet's calendars, identity rows and configurations. Idempotent."""
+    """Create and upgrade tables; with -f also store the fleet's calendars, identity rows and configurations. Idempotent.
+
+    Tables of interpolated prices are made for the portfolios of the file or, without one, for the stored ones.
+    """
     fleet = load_fleet(file) if file else None
     engine = connect()
+    sources = [c.price_source for c in fleet.portfolios] if fleet else stored_price_sources(engine)
     if sql:
-        sys.stdout.write(preparation.ddl(engine))
-        return
-    done = preparation.check(engine) if check else preparation.prepare(engine)
-    document: dict[str, Any] = {"pending": list(done.pending) if check else [], "missing": list(done.missing)}
-    if not check:
-        document["applied"] = list(done.pending)
-    if fleet and not check:
-        document["configurations_stored"] = store_fleet(engine, fleet)
-    if output == Output.json:
-        emit_json(document)
+        sys.stdout.write(preparation.ddl(engine, sources))
     elif check:
-        out.print(f"{len(done.pending)} revisions pending, {len(done.missing)} tables missing.")
+        _show_pending(preparation.check(engine, sources), output)
     else:
-        stored = f", {document['configurations_stored']} configurations new or changed" if fleet else ""
-        out.print(f"Prepared: {len(done.pending)} revisions applied{stored}.")
-    if check and (done.pending or done.missing):
+        done = preparation.prepare(engine, sources)
+        _show_prepared(done, store_fleet(engine, fleet) if fleet else None, output)
+
+
+def _show_pending(found: preparation.Preparation, output: Output) -> None:
+    facts = {"pending": found.pending, "drifted": found.drifted, "missing": found.missing}
+    problems = {"problems": found.problems} if found.problems else {}
+    if output == Output.json:
+        emit_json(facts | problems)
+    else:
+        out.print(" · ".join(f"{len(names)} {what}" for what, names in facts.items()))
+        rows = [(what, name) for what, names in (facts | problems).items() for name in names]
+        if rows:
+            emit_table("To do: msm-ray prepare", ("what", "name"), rows)
+    if not found.is_clean:
         raise typer.Exit(EXIT_PENDING)
+
+
+def _show_prepared(done: preparation.Preparation, stored: int | None, output: Output) -> None:
+    facts = {"pending": [], "drifted": [], "missing": done.missing}
+    work = {"applied": done.pending, "repaired": done.repaired, "problems": done.problems}
+    if output == Output.json:
+        emit_json(facts | work | ({} if stored is None else {"configurations_stored": stored}))
+    else:
+        text = f", {stored} configurations new or changed" if stored is not None else ""
+        out.print(f"Prepared: {len(done.pending)} revisions and tables applied{text}.")
+        for name in done.repaired:
+            out.print(f"Cadence of {name} was missing in the catalogue; it is now what the model declares.", highlight=False)
+        for problem in done.problems:
+            err.print(f"[red]not prepared:[/red] {problem}", highlight=False, soft_wrap=True)
+    if done.problems:
+        raise typer.Exit(EXIT_PARTIAL)
 
 
 @app.command()
@@ -180,9 +203,10 @@ def plan(
     if output == Output.json:
         emit_json(made.document())
     else:
-        reasons = sorted({*made.summary()["signals"], *made.summary()["portfolios"]})
-        rows = [(r, made.summary()["signals"].get(r, 0), made.summary()["portfolios"].get(r, 0)) for r in reasons]
-        emit_table(f"Plan as of {at:%Y-%m-%d %H:%MZ}", ("reason", "signals", "portfolios"), rows)
+        summary = made.summary()
+        reasons = sorted({reason for counts in summary.values() for reason in counts})
+        rows = [(reason, *(counts.get(reason, 0) for counts in summary.values())) for reason in reasons]
+        emit_table(f"Plan as of {at:%Y-%m-%d %H:%MZ}", ("reason", *summary), rows)
         work = [p for p in made.portfolios if p.node or p.error]
         shown = [(p.identifier, p.reason, _day(p.start), _day(p.end), p.limited_by, p.error and p.error["message"]) for p in work[:30]]
         if shown:

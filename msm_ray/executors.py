@@ -22,27 +22,30 @@ from typing import Any, Protocol
 import structlog
 
 from msm_core.data_nodes.base import Batch, NodeKind, NodeResult, update_batch
+from msm_core.data_nodes.interpolated_prices import InterpolatedAsset
+from msm_core.data_nodes.interpolation import PricesKind
 from msm_core.data_nodes.portfolios import PortfolioKind, PortfoliosDataNode
 from msm_core.data_nodes.signals import SignalKind, SignalWeights
 from msm_core.database import get_engine, redact
 from msm_core.errors import RayUnavailable, StaleCode, TaskTimedOut, WorkerLost
+from msm_core.interpolation import CODE_VERSION as PRICES_CODE_VERSION
 from msm_core.settings import Settings
 from msm_core.signals import CODE_VERSION as SIGNAL_CODE_VERSION
 from msm_core.valuation import CODE_VERSION as PORTFOLIO_CODE_VERSION
 
 log = structlog.get_logger()
 
-CODE_VERSION = f"signals-{SIGNAL_CODE_VERSION} portfolios-{PORTFOLIO_CODE_VERSION}"
-KINDS: dict[str, tuple[NodeKind[Any], type[SignalWeights] | type[PortfoliosDataNode]]] = {
+CODE_VERSION = f"prices-{PRICES_CODE_VERSION} signals-{SIGNAL_CODE_VERSION} portfolios-{PORTFOLIO_CODE_VERSION}"
+WorkNode = InterpolatedAsset | SignalWeights | PortfoliosDataNode
+KINDS: dict[str, tuple[NodeKind[Any], type[WorkNode]]] = {
+    "prices": (PricesKind(), InterpolatedAsset),
     "signal": (SignalKind(), SignalWeights),
     "portfolio": (PortfolioKind(), PortfoliosDataNode),
 }
 START_SECONDS_MAX = 90
 
 
-def encode_batch(
-    kind: str, nodes: Sequence[SignalWeights | PortfoliosDataNode], as_of: datetime, run_uid: uuid.UUID | None, snapshot: str | None
-) -> str:
+def encode_batch(kind: str, nodes: Sequence[WorkNode], as_of: datetime, run_uid: uuid.UUID | None, snapshot: str | None) -> str:
     return json.dumps(
         {
             "kind": kind,
@@ -150,7 +153,7 @@ class RayExecutor:
         return max(int(self._ray.cluster_resources().get("CPU", 1)), 1)
 
     def submit(self, ticket: int, payload: str) -> None:
-        name = f"update_{json.loads(payload)['kind']}s"  # static, one per kind: the dashboard groups by it
+        name = f"update_{json.loads(payload)['kind'].removesuffix('s')}s"  # static, one per kind: the dashboard groups by it
         self._tasks[self._remote.options(name=name).remote(payload)] = (ticket, time.monotonic())
 
     def wait(self) -> tuple[int, Outcome]:

@@ -26,10 +26,13 @@ from msm_core.configuration import (
     PortfolioExecutionConfiguration,
     PortfolioMarketsConfig,
     PriceAlignmentPolicy,
+    PriceSource,
 )
+from msm_core.data_nodes.interpolated_prices import InterpolatedPrices, InterpolatedPricesConfig
 from msm_core.data_nodes.prices import APIDataNode
 from msm_core.errors import ConfigurationError
 from msm_core.identity import Kinds, Spec, current_namespace
+from msm_core.interpolation import InterpolationRule
 from msm_core.rebalance_strategy import REBALANCE_STRATEGIES
 from msm_core.signals import SIGNALS
 from msm_core.signals.base import AssetIdentifier, sorted_unique
@@ -99,10 +102,19 @@ class CalendarRequest(CalendarEntry):
     unique_identifier: Identifier
 
 
+class Interpolation(Section):
+    """Bars without gaps, in a storage that `prepare` makes; `assets`: for these (a universe, or a list), not those that portfolios need."""
+
+    frequency: str = Field(pattern=r"^[1-9]\d{0,5}[mhd]$")
+    rule: InterpolationRule
+    assets: str | Universe | None = None
+
+
 class PriceEntry(Section):
     """Where prices are: `source` is an identifier in the catalogue, or its uid."""
 
     source: str = Field(min_length=1, max_length=255)
+    interpolate: Interpolation | None = None
 
 
 class Defaults(Section):
@@ -188,7 +200,7 @@ class _Loader:
         document = self.document
         document.check(FleetFile, document.data or {"version": 1}, ())
         self.names["universe"] = document.entries("universes")
-        self.names["prices"] = {name: entry and _source(entry["source"]) for name, entry in document.entries("prices").items()}
+        self.names["prices"] = {name: entry and self._prices(name, entry) for name, entry in document.entries("prices").items()}
         for key, (section, _) in KINDS.items():
             self.names[key] = {n: None if e is None else self._spec(key, e, (section, n)) for n, e in document.entries(section).items()}
         calendars = [CalendarRequest(unique_identifier=name, **entry) for name, entry in document.entries("calendars").items() if entry]
@@ -199,6 +211,17 @@ class _Loader:
         if not portfolios and not document.problems:
             document.tell((), "has no portfolios: give at least one under 'portfolios'")
         return Fleet(portfolios, tuple(calendars), namespace)
+
+    def _prices(self, name: str, entry: dict[str, Any]) -> PriceSource | None:
+        source, keys = _source(entry["source"]), ("prices", name, "interpolate")
+        if not (policy := entry.get("interpolate")):
+            return source
+        assets = policy.get("assets")
+        if isinstance(assets, str) and (assets := self._find("universe", assets, (*keys, "assets"))) is None:
+            return None
+        fields = {"upsample_frequency_id": policy["frequency"], "intraday_bar_interpolation_rule": policy["rule"], "asset_list": assets}
+        config = self.document.check(InterpolatedPricesConfig, {**fields, "source_price_instance": source}, keys, plain=False)
+        return config and InterpolatedPrices(interpolation_config=config)
 
     def _portfolios(self) -> Iterator[PortfolioConfiguration]:
         for key, value in self.document.entries("defaults").items():
@@ -313,7 +336,7 @@ def _spelled(text: str, values: Mapping[str, Any]) -> str:
     return PLACEHOLDER.sub(spell, text)
 
 
-def _configuration(entry: PortfolioEntry, signal: Spec, rebalance: Spec, prices: APIDataNode) -> dict[str, Any]:
+def _configuration(entry: PortfolioEntry, signal: Spec, rebalance: Spec, prices: PriceSource) -> dict[str, Any]:
     """The documented nesting; what is None is left to its default."""
     given = entry.model_dump(by_alias=True, exclude_none=True)
     build = {key: value for key, value in given.items() if key in PortfolioBuildConfiguration.model_fields}

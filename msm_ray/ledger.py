@@ -16,7 +16,8 @@ import msm_core
 from msm_core.copying import execute, fetch
 from msm_core.data_nodes.base import NodeResult
 from msm_core.errors import RunNotFound
-from msm_core.models import DataNodeUpdateTable, PortfoliosStorage, RunNodeTable, RunTable, SignalWeightsStorage
+from msm_core.identity import node_uid
+from msm_core.models import LOADED_NAMESPACE, DataNodeUpdateTable, PortfoliosStorage, RunNodeTable, RunTable, SignalWeightsStorage
 from msm_core.rows import document, upsert_rows
 from msm_core.storage import Scope
 from msm_ray.executors import CODE_VERSION
@@ -42,11 +43,11 @@ def start_run(engine: Engine, as_of: datetime, arguments: Mapping[str, Any], ret
 
 
 def record(engine: Engine, run_uid: uuid.UUID, results: Sequence[NodeResult], reasons: Mapping[tuple[str, str], str]) -> None:
-    """Results of one batch, in one statement."""
+    """Results of one batch, in one statement. Of prices that are up to date, thousands of assets a night, there is nothing to tell."""
     rows = [
         {
             "run_uid": run_uid,
-            "node_uid": Scope(SCOPES[r.kind], r.identifier).uid,
+            "node_uid": _uid(r.kind, r.identifier),
             "kind": r.kind,
             "identifier": r.identifier,
             "status": r.status,
@@ -58,10 +59,19 @@ def record(engine: Engine, run_uid: uuid.UUID, results: Sequence[NodeResult], re
             "seconds": r.seconds,
         }
         for r in results
+        if (r.kind, r.status) != ("prices", "up_to_date")
     ]
     if rows:
         with engine.begin() as connection:
             upsert_rows(connection, RunNodeTable, rows, key=("run_uid", "node_uid"))
+
+
+def _uid(kind: str, identifier: str) -> uuid.UUID:
+    """Progress row of a node."""
+    if kind == "prices":
+        storage, _, asset = identifier.partition("/")
+        return node_uid(storage, asset, LOADED_NAMESPACE)
+    return Scope(SCOPES[kind], identifier).uid
 
 
 def finish_run(engine: Engine, run_uid: uuid.UUID, status: str, summary: Mapping[str, Any]) -> None:
@@ -101,12 +111,15 @@ def find_run(connection: Connection, run: str | None) -> tuple[uuid.UUID, dateti
 
 
 def unfinished(connection: Connection, root: uuid.UUID) -> list[tuple[str, str]]:
-    """(kind, identifier) of nodes whose newest result in the run and all its retries is failed, skipped or busy."""
+    """(kind, identifier) of signals and portfolios whose newest result in the run and all its retries is failed, skipped or busy.
+
+    Prices come along with the portfolios that wait for them.
+    """
     statement = sql.SQL("""
         SELECT kind, identifier FROM (
             SELECT DISTINCT ON (n.node_uid) n.kind, n.identifier, n.status
             FROM {node} n JOIN {run} r ON r.uid = n.run_uid
-            WHERE r.uid = %(root)s OR r.retry_of = %(root)s ORDER BY n.node_uid, r.started_at DESC) newest
+            WHERE (r.uid = %(root)s OR r.retry_of = %(root)s) AND n.kind <> 'prices' ORDER BY n.node_uid, r.started_at DESC) newest
         WHERE status = ANY(%(unfinished)s) ORDER BY 1, 2
     """).format(run=RUN, node=NODE)
     return [(kind, identifier) for kind, identifier in fetch(connection, statement, {"root": root, "unfinished": UNFINISHED})]

@@ -1,64 +1,77 @@
 """The plan: which nodes a run touches, why, and in which order. Pure once the world is read; printed by `msm-ray plan`.
 
-1. Every configuration becomes a portfolio node and, once per distinct uid, a signal node (data_nodes/planning.py decides each).
+1. Every configuration becomes a portfolio node and, once per distinct uid, a signal node; every asset whose prices are to be
+   interpolated becomes a prices node, one per storage (data_nodes/planning.py decides each).
 2. A node without work stays out of the graph; one that cannot work is a failure before anything is tried.
-3. A portfolio waits for its signal, and for nothing else: edges are per node, never a barrier between stages.
+3. A portfolio waits for its signal and the prices of its assets, and for nothing else: edges are per node, never a barrier.
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
 from msm_core.configuration import PortfolioConfiguration
 from msm_core.data_nodes.base import NodeResult
-from msm_core.data_nodes.planning import NodePlan, World, plan_portfolio, plan_signal
+from msm_core.data_nodes.interpolated_prices import InterpolatedAsset
+from msm_core.data_nodes.planning import NodePlan, World, plan_portfolio, plan_prices, plan_signal, with_prices
 from msm_core.data_nodes.portfolios import PortfoliosDataNode
 from msm_core.data_nodes.signals import SignalWeights
 
 Key = tuple[str, str]  # (kind, identifier)
-Work = SignalWeights | PortfoliosDataNode
+Work = InterpolatedAsset | SignalWeights | PortfoliosDataNode
 
 
 @dataclass(frozen=True)
 class Plan:
     as_of: datetime
+    prices: tuple[NodePlan[InterpolatedAsset], ...]
     signals: tuple[NodePlan[SignalWeights], ...]
     portfolios: tuple[NodePlan[PortfoliosDataNode], ...]
 
+    def nodes(self) -> Iterator[tuple[str, NodePlan[Any]]]:
+        """(kind, plan) of every node."""
+        for kind, plans in (("prices", self.prices), ("signal", self.signals), ("portfolio", self.portfolios)):
+            yield from ((kind, plan) for plan in plans)
+
     def work(self) -> dict[Key, Work]:
         """Nodes with something to do, by key."""
-        signals = {("signal", p.identifier): p.node for p in self.signals if p.node is not None}
-        return signals | {("portfolio", p.identifier): p.node for p in self.portfolios if p.node is not None}
+        return {(kind, p.identifier): p.node for kind, p in self.nodes() if p.node is not None}
 
     def upstream(self) -> dict[Key, set[Key]]:
         """What each node waits for; only nodes of this plan's work are named."""
         work = self.work()
+        prices = {(p.node.source_key, p.node.asset_identifier): ("prices", p.identifier) for p in self.prices if p.node}
         graph: dict[Key, set[Key]] = {}
         for key, node in work.items():
-            signal = ("signal", node.portfolio_configuration.signal_uid) if isinstance(node, PortfoliosDataNode) else None
-            graph[key] = {signal} if signal in work else set()
+            graph[key] = set()
+            if isinstance(node, PortfoliosDataNode):
+                configuration = node.portfolio_configuration
+                source = configuration.price_source.key
+                needed = {("signal", configuration.signal_uid), *(prices.get((source, a), key) for a in node.assets)}
+                graph[key] = (needed & work.keys()) - {key}
         return graph
 
     def settled(self) -> list[NodeResult]:
         """Results that need no work: nodes that are up to date, and portfolios that cannot be computed at all."""
-        nodes = [("signal", p) for p in self.signals] + [("portfolio", p) for p in self.portfolios]
-        done = [NodeResult(kind, p.identifier, "up_to_date", watermark=p.end) for kind, p in nodes if p.reason == "up to date"]
+        done = [NodeResult(kind, p.identifier, "up_to_date", watermark=p.end) for kind, p in self.nodes() if p.reason == "up to date"]
         return done + [NodeResult("portfolio", p.identifier, "failed", error=p.error, attempts=0) for p in self.portfolios if p.error]
 
     def reasons(self) -> dict[Key, str]:
-        return {(kind, p.identifier): p.reason for kind, plans in (("signal", self.signals), ("portfolio", self.portfolios)) for p in plans}
+        return {(kind, p.identifier): p.reason for kind, p in self.nodes()}
 
     def summary(self) -> dict[str, dict[str, int]]:
         """Nodes per reason, for each kind."""
-        return {"signals": dict(Counter(p.reason for p in self.signals)), "portfolios": dict(Counter(p.reason for p in self.portfolios))}
+        found = {"prices": self.prices, "signals": self.signals, "portfolios": self.portfolios}
+        return {name: dict(Counter(p.reason for p in plans)) for name, plans in found.items()}
 
     def document(self) -> dict[str, Any]:
         """The plan as plain data."""
         return {
             "as_of": self.as_of.isoformat(),
             "summary": self.summary(),
+            "prices": [_node_document(p) for p in self.prices if p.node],
             "signals": [_node_document(p) for p in self.signals],
             "portfolios": [_node_document(p) for p in self.portfolios],
         }
@@ -77,12 +90,14 @@ def make_plan(
 
     A signal comes along when a portfolio that follows it has work, or when it is selected itself.
     """
+    prices = plan_prices(world, as_of, full_refresh)
+    world = with_prices(world, prices)
     portfolios = [plan_portfolio(c, world, as_of, full_refresh) for c in configurations]
     portfolios = [replace(p, reason="previous failure") if p.node and p.identifier in failed_before else p for p in portfolios]
     wanted = set(signals_selected) | {p.node.portfolio_configuration.signal_uid for p in portfolios if p.node}
     distinct = {c.signal_uid: c.signal for c in configurations}
     signals = [plan_signal(distinct[uid], world, as_of, full_refresh) for uid in sorted(wanted & distinct.keys())]
-    return Plan(as_of, tuple(signals), tuple(portfolios))
+    return Plan(as_of, tuple(prices), tuple(signals), tuple(portfolios))
 
 
 def _node_document(plan: NodePlan[Any]) -> dict[str, Any]:

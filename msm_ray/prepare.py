@@ -1,37 +1,141 @@
 """Schema preparation: the only place that creates or changes tables. Driver only, under one lock, applied by Alembic.
 
-1. The static chain in `migrations/` is upgraded to its head.
-2. The catalogue rows of the static storages are written, in the same transaction.
+1. The static chain in `migrations/` is upgraded to its head, and the catalogue rows of the static storages are written with it.
+2. The tables of the price policies that a fleet needs are derived from what the catalogue says of their sources, compared with the
+   tables that are there, and made where they are missing - also when a catalogue row says that they exist: a row is not a table.
 
-Workers never come here: they verify (`storage.verify_prepared`) and refuse with the command to run.
+The lock is held by a transaction of its own, which a pooler may put on any server connection. Tables are made in transactions of at most
+`TABLES_MAX`, each with its catalogue rows and the rendered operations, because every new table holds locks until its transaction ends.
+Killed at any point, the next `prepare` goes on. Workers never come here: they verify, and refuse with the command to run.
 """
 
 import io
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 from alembic import command
+from alembic.autogenerate import produce_migrations, render_python_code
+from alembic.autogenerate.api import AutogenContext
 from alembic.config import Config
+from alembic.operations import Operations, ops
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, Engine, inspect
+from psycopg import sql
+from sqlalchemy import Connection, Engine, MetaData, inspect
+from sqlalchemy.exc import OperationalError
 
 import msm_core
-from msm_core.database import check_server
+from msm_core.configuration import PriceSource, SourceKey
+from msm_core.copying import fetch
+from msm_core.data_nodes.interpolated_prices import storage_of
+from msm_core.database import check_server, sqlstate, unpooled
+from msm_core.errors import MsmError, PrepareBusy, SourceNotRegistered, StorageCollision, StorageMismatch
 from msm_core.identity import identity, physical_name
 from msm_core.models import LOADED_NAMESPACE, STORAGES, MetaTable, StorageTable, TimeIndexMetaTable
+from msm_core.models.base import Identifier
 from msm_core.rows import upsert_rows
+from msm_core.storage import Source, read_sources, reset_progress
 
 LOCK_KEY = int(identity({"kind": "prepare_lock", "namespace": LOADED_NAMESPACE})[:15], 16)  # 60 bits: fits bigint, never python's hash()
-LOCK_TIMEOUT = "120s"
+LOCK_SECONDS = 120
+TABLES_MAX = 100  # per transaction: 64 locks per connection are the default, and a table takes four
+CATALOGUE = TimeIndexMetaTable.__tablename__
+DECLARED_TYPES = {"close": "double precision"}  # what a policy asks of a static storage that does not exist yet
+
+Storage = type[StorageTable]
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """What `prepare` did, or, with `check`, what it would do."""
+    """What `prepare` did, or, with `check`, what it would do.
+
+    pending   revisions of the static chain, and tables of price policies that have never been made
+    drifted   tables that are not what is declared, and in what; nothing is ever done about them
+    missing   tables that should exist, by the models or the catalogue, and do not
+    repaired  storages whose catalogue row lacked the cadence that their model declares
+    problems  price policies that cannot be prepared, and why
+    """
 
     pending: tuple[str, ...]
-    missing: tuple[str, ...]
+    drifted: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    repaired: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+
+    @property
+    def is_clean(self) -> bool:
+        return not (self.pending or self.drifted or self.missing)
+
+
+def check(engine: Engine, price_sources: Iterable[PriceSource] = ()) -> Preparation:
+    """What is pending, drifted or missing, without changing anything; the physical tables are looked at, not only their rows."""
+    check_server(engine)
+    with engine.connect() as connection:
+        present = set(inspect(connection).get_table_names())
+        static = pending_revisions(connection)
+        wanted, problems = _wanted(connection, price_sources)
+        found = _compare(connection, wanted)
+        missing = [name for name in MetaTable.metadata.tables if name not in present]
+        drifted = [] if static else _differences(_operations(connection, MetaTable.metadata))
+        rows = _catalogued(connection, wanted) if CATALOGUE in present else {}
+        unmade = [s.__tablename__ for s in found.unmade]
+        unlisted = [s for s in wanted if s.logical_name() not in rows]
+        pending = [*static, *(s.__tablename__ for s in unlisted)]
+        missing += [name for name in unmade if name not in pending]
+        incomplete = [] if static else _without_cadence(connection)
+        return Preparation(
+            pending=(*pending, *(f"cadence of {name}" for name in incomplete)),
+            drifted=(*drifted, *found.drifted),
+            missing=tuple(sorted(missing)),
+            problems=tuple(problems),
+        )
+
+
+def prepare(engine: Engine, price_sources: Iterable[PriceSource] = ()) -> Preparation:
+    """Bring the static schema to its head and make the tables that `price_sources` need.
+
+    Idempotent; concurrent callers wait for each other and find nothing left to do. Everything that can be made is made first; then
+    raises StorageMismatch for tables that are not what is declared, StorageCollision; PrepareBusy after two minutes of waiting.
+    """
+    check_server(engine)
+    with _lock(engine):
+        with engine.begin() as connection:
+            static = pending_revisions(connection)
+            command.upgrade(alembic_config(connection), "head")
+            repaired = _catalogue_static(connection)
+        with engine.connect() as connection:
+            wanted, problems = _wanted(connection, price_sources)
+        made: list[str] = []
+        drifted: list[str] = []
+        for i in range(0, len(wanted), TABLES_MAX):
+            with engine.begin() as connection:
+                found = _compare(connection, wanted[i : i + TABLES_MAX])
+                made += _make(connection, found)
+                drifted += found.drifted
+    if drifted:
+        raise StorageMismatch(differences="; ".join(drifted))
+    return Preparation((*static, *made), missing=check(engine).missing, repaired=tuple(repaired), problems=tuple(problems))
+
+
+def ddl(engine: Engine, price_sources: Iterable[PriceSource] = ()) -> str:
+    """The SQL of everything that is pending, as text."""
+    output = io.StringIO()
+    with engine.connect() as connection:
+        static = pending_revisions(connection)
+        found = _compare(connection, _wanted(connection, price_sources)[0])
+    if static:
+        command.upgrade(alembic_config(None, output), f"{_before(static[0])}:head", sql=True)
+    offline = MigrationContext.configure(dialect_name="postgresql", opts={"as_sql": True, "output_buffer": output})
+    for operation in found.creations.values():
+        Operations(offline).invoke(operation)
+    return output.getvalue()
+
+
+# -- static chain -------------------------------------------------------------------------------------------------------------
 
 
 def migrations_path() -> Path:
@@ -55,43 +159,53 @@ def pending_revisions(connection: Connection) -> tuple[str, ...]:
     return tuple(r.revision for r in reversed(list(script.iterate_revisions("head", current or "base"))) if r.revision != current)
 
 
-def check(engine: Engine) -> Preparation:
-    """What is pending or missing, without changing anything; the physical tables are looked at, not only the version row."""
-    check_server(engine)
-    with engine.connect() as connection:
-        present = set(inspect(connection).get_table_names())
-        missing = tuple(sorted(set(MetaTable.metadata.tables) - present))
-        return Preparation(pending_revisions(connection), missing)
-
-
-def prepare(engine: Engine) -> Preparation:
-    """Bring the schema to its head. Idempotent; concurrent callers wait for each other and find nothing left to do."""
-    check_server(engine)
-    with engine.begin() as connection:
-        connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'")
-        connection.exec_driver_sql("SELECT pg_advisory_xact_lock(%s)", (LOCK_KEY,))
-        pending = pending_revisions(connection)
-        command.upgrade(alembic_config(connection), "head")
-        upsert_rows(connection, TimeIndexMetaTable, [_catalogue_row(storage) for storage in STORAGES], key=("identifier",))
-    return Preparation(pending, check(engine).missing)
-
-
-def ddl(engine: Engine) -> str:
-    """The SQL of every pending revision, as text."""
-    output = io.StringIO()
-    with engine.connect() as connection:
-        pending = pending_revisions(connection)
-    if pending:
-        command.upgrade(alembic_config(None, output), f"{_before(pending[0])}:head", sql=True)
-    return output.getvalue()
-
-
 def _before(revision: str) -> str:
     parent = ScriptDirectory.from_config(alembic_config()).get_revision(revision).down_revision
     return str(parent or "base")
 
 
-def _catalogue_row(storage: type[StorageTable]) -> dict[str, object]:
+@contextmanager
+def _lock(engine: Engine) -> Iterator[None]:
+    """The lock of all preparers of this namespace, until the block ends or this process dies."""
+    with unpooled(engine).begin() as connection:
+        connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{LOCK_SECONDS}s'; SET LOCAL idle_in_transaction_session_timeout = 0")
+        try:
+            connection.exec_driver_sql("SELECT pg_advisory_xact_lock(%s)", (LOCK_KEY,))
+        except OperationalError as error:
+            if sqlstate(error) != "55P03":
+                raise
+            raise PrepareBusy(seconds=LOCK_SECONDS) from None
+        yield
+
+
+# -- catalogue ----------------------------------------------------------------------------------------------------------------
+
+
+def _catalogue_static(connection: Connection) -> list[str]:
+    """Rows of the static storages; returns those whose cadence was missing. One that is there is the truth, whatever the model says."""
+    repaired = _without_cadence(connection)
+    statement = sql.SQL("SELECT identifier, cadence, time_label FROM {}").format(sql.Identifier(CATALOGUE))
+    stored = {name: {"cadence": cadence, "time_label": label} for name, cadence, label in fetch(connection, statement, {})}
+    rows = [_catalogue_row(storage) for storage in STORAGES]
+    kept = [row | {n: v for n, v in stored.get(str(row["identifier"]), {}).items() if v is not None} for row in rows]
+    upsert_rows(connection, TimeIndexMetaTable, kept, key=("identifier",))
+    return repaired
+
+
+def _without_cadence(connection: Connection) -> list[str]:
+    """Static storages whose catalogue row lacks the cadence that their model declares."""
+    names = [s.logical_name() for s in STORAGES if s.__cadence__]
+    statement = sql.SQL("SELECT identifier FROM {} WHERE identifier = ANY(%(names)s) AND cadence IS NULL ORDER BY 1")
+    return [name for (name,) in fetch(connection, statement.format(sql.Identifier(CATALOGUE)), {"names": names})]
+
+
+def _catalogued(connection: Connection, storages: Sequence[Storage]) -> dict[str, Mapping[str, str]]:
+    """Identity components of those storages that have a catalogue row, by identifier."""
+    statement = sql.SQL("SELECT identifier, identity_components FROM {} WHERE identifier = ANY(%(names)s)")
+    return dict(fetch(connection, statement.format(sql.Identifier(CATALOGUE)), {"names": [s.logical_name() for s in storages]}))
+
+
+def _catalogue_row(storage: Storage) -> dict[str, object]:
     return {
         "uid": storage.storage_uid(),
         "identifier": storage.logical_name(),
@@ -100,11 +214,142 @@ def _catalogue_row(storage: type[StorageTable]) -> dict[str, object]:
         "kind": storage.__storage_kind__,
         "cadence": storage.__cadence__,
         "time_label": "close",
-        "identity_components": {},
+        "identity_components": getattr(storage, "__metatable_extra_hash_components__", {}),
         "schema_fingerprint": fingerprint(storage),
         "description": (storage.__doc__ or "").strip(),
     }
 
 
-def fingerprint(storage: type[StorageTable]) -> str:
+def fingerprint(storage: Storage) -> str:
     return identity({"kind": "schema", "columns": {c.name: str(c.type) for c in storage.__table__.columns}})
+
+
+# -- tables of price policies -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Storages against the tables that there are: what makes those that are missing, and sentences `table: difference`."""
+
+    storages: Sequence[Storage]
+    creations: Mapping[str, ops.CreateTableOp]
+    drifted: Sequence[str]
+
+    @property
+    def unmade(self) -> list[Storage]:
+        return [s for s in self.storages if s.__tablename__ in self.creations]
+
+
+def _wanted(connection: Connection, price_sources: Iterable[PriceSource]) -> tuple[list[Storage], list[str]]:
+    """Storages of the interpolated ones among `price_sources`, and what is wrong with those that have none."""
+    interpolated: dict[SourceKey, PriceSource] = {p.key: p for p in price_sources if p.policy is not None}
+    if not interpolated:
+        return [], []
+    sources = _declared_sources()
+    if inspect(connection).has_table(CATALOGUE):
+        sources |= read_sources(connection, {p.source_uid for p in interpolated.values()})
+    storages: dict[str, Storage] = {}
+    problems = []
+    for price_source in interpolated.values():
+        try:
+            if price_source.source_uid not in sources:
+                known = ", ".join(sorted(s.identifier for s in sources.values()))
+                raise SourceNotRegistered(source=str(price_source.source_uid), known=known)
+            storage = storage_of(price_source, sources[price_source.source_uid])
+            storages[storage.__tablename__] = storage
+        except MsmError as error:
+            problems.append(str(error))
+    return [storages[name] for name in sorted(storages)], sorted(problems)
+
+
+def _declared_sources() -> dict[uuid.UUID, Source]:
+    """The static storages as their models declare them, for a database that does not have them yet."""
+    facts = {"time_label": "close", "components": {}, "columns": DECLARED_TYPES, "readable": True}
+    return {
+        s.storage_uid(): Source(s.storage_uid(), s.logical_name(), s.__tablename__, s.__storage_kind__, s.__cadence__, **facts)
+        for s in STORAGES
+        if s.__cadence__
+    }
+
+
+def _compare(connection: Connection, storages: Sequence[Storage]) -> Comparison:
+    if not storages:
+        return Comparison([], {}, [])
+    metadata = MetaData(naming_convention=MetaTable.metadata.naming_convention)
+    for storage in storages:
+        storage.__table__.to_metadata(metadata)  # type: ignore[attr-defined] - a Table, as every mapped class of ours has
+    operations = _operations(connection, metadata)
+    creations = {o.table_name: o for o in operations if isinstance(o, ops.CreateTableOp)}
+    keys = inspect(connection).get_multi_pk_constraint(filter_names=[s.__tablename__ for s in storages])
+    key_of = {table: constraint["constrained_columns"] for (_, table), constraint in keys.items() if constraint}
+    wrong_keys = [
+        f"{s.__tablename__}: its primary key is ({', '.join(key_of.get(s.__tablename__, []))}), not ({', '.join(s.key_columns())})"
+        for s in storages
+        if s.__tablename__ not in creations and key_of.get(s.__tablename__) != list(s.key_columns())
+    ]
+    return Comparison(storages, creations, [*_differences(operations), *wrong_keys])
+
+
+def _make(connection: Connection, found: Comparison) -> list[str]:
+    """Make what is missing, with catalogue rows and the rendered operations, in the running transaction; returns what was made."""
+    rows = _catalogued(connection, found.storages)
+    drifted = {sentence.partition(":")[0] for sentence in found.drifted}
+    context = MigrationContext.configure(connection)
+    wanted: list[dict[str, object]] = []
+    for storage in found.storages:
+        name, given = storage.logical_name(), _catalogue_row(storage)
+        if name in rows and rows[name] != given["identity_components"]:
+            raise StorageCollision(storage=name, stored=rows[name], given=given["identity_components"])
+        if creation := found.creations.get(storage.__tablename__):
+            Operations(context).invoke(creation)
+            given["revision"] = _rendered(creation, context)
+        if storage.__tablename__ not in drifted:
+            wanted.append(given)
+    upsert_rows(connection, TimeIndexMetaTable, wanted, key=("identifier",))
+    reset_progress(connection, [s.logical_name() for s in found.unmade])  # of a table that was dropped
+    return [s.__tablename__ for s in found.storages if s.__tablename__ in found.creations or s.logical_name() not in rows]
+
+
+def _operations(connection: Connection, metadata: MetaData) -> list[ops.MigrateOperation]:
+    """What Alembic would do to make the tables of `metadata` what they should be; no other table is looked at."""
+
+    def include_name(name: str | None, type_: str, _parents: object) -> bool:
+        return type_ != "table" or name in metadata.tables
+
+    context = MigrationContext.configure(connection, opts={"include_name": include_name, "compare_type": True})
+    script = produce_migrations(context, metadata)
+    assert script.upgrade_ops is not None
+    return list(script.upgrade_ops.ops)
+
+
+def _differences(operations: Iterable[ops.MigrateOperation]) -> list[str]:
+    """Columns and keys that differ. An index, a comment or a table of somebody's own is no harm."""
+    found = []
+    for operation in operations:
+        if isinstance(operation, ops.ModifyTableOps):
+            found += [f"{operation.table_name}: {text}" for inner in operation.ops if (text := _difference(inner))]
+    return found
+
+
+def _difference(operation: ops.MigrateOperation) -> str | None:
+    match operation:
+        case ops.AddColumnOp():
+            return f"it lacks column {operation.column.name}"
+        case ops.DropColumnOp():
+            return f"it has a column {operation.column_name} beyond"
+        case ops.AlterColumnOp(modify_type=type_) if type_ is not None:
+            return f"column {operation.column_name} is {operation.existing_type}, not {type_}"
+        case ops.AlterColumnOp(modify_nullable=nullable) if nullable is not None:
+            return f"column {operation.column_name} must {'' if nullable else 'not '}take nulls"
+        case ops.CreateForeignKeyOp() | ops.CreateUniqueConstraintOp():
+            return f"it lacks the constraint {operation.constraint_name}"
+    return None
+
+
+def _rendered(creation: ops.CreateTableOp, context: MigrationContext) -> str:
+    """The operations as a revision file would hold them."""
+
+    def plain(type_: str, item: Any, _context: AutogenContext) -> str | Literal[False]:
+        return f"sa.String(length={item.length}, collation={item.collation!r})" if isinstance(item, Identifier) else False
+
+    return render_python_code(ops.UpgradeOps([creation]), render_item=plain, migration_context=context)

@@ -9,7 +9,7 @@ import uuid
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
@@ -18,11 +18,13 @@ from sqlalchemy import Engine
 
 from msm_core.configuration import PortfolioConfiguration
 from msm_core.data_nodes.base import NodeResult, failure_facts
-from msm_core.data_nodes.planning import read_world
-from msm_core.data_nodes.portfolios import PortfoliosDataNode
+from msm_core.data_nodes.interpolated_prices import InterpolatedAsset
+from msm_core.data_nodes.planning import new_scopes, read_world
+from msm_core.data_nodes.signals import SignalWeights
 from msm_core.database import exported_snapshot, transaction
 from msm_core.errors import CyclicPlan, DependencyFailed
-from msm_core.storage import verify_prepared
+from msm_core.frames import parse_frequency
+from msm_core.storage import ensure_progress, verify_prepared
 from msm_ray import ledger
 from msm_ray.executors import Executor, encode_batch
 from msm_ray.plan import Key, Plan, Work, make_plan
@@ -30,6 +32,8 @@ from msm_ray.plan import Key, Plan, Work, make_plan
 log = structlog.get_logger()
 
 BATCH_NODES_MAX = 256
+PRICE_NODES_MAX = 4096  # an asset is a smaller piece of work than a portfolio
+PRICE_COLUMNS = 4  # columns of a bar, weighed: they travel, but are not computed with
 BATCH_CELLS_MAX = 3_000_000  # sessions x assets: bounds memory, and keeps a task long enough to be worth its overhead
 SESSIONS_PER_DAY = 5 / 7
 FRESH_SESSIONS = 5_000  # guess for a window without a start
@@ -57,7 +61,7 @@ class RunReport:
     @property
     def status(self) -> str:
         counts = self.counts()
-        bad = counts["failed"] + counts["skipped"] + counts["busy"] + self.counts("signal")["failed"]
+        bad = counts["failed"] + counts["skipped"] + counts["busy"] + self.counts("signal")["failed"] + self.counts("prices")["failed"]
         good = counts["landed"] + counts["up_to_date"]
         return "landed" if not bad else "partial" if good else "failed"
 
@@ -72,6 +76,7 @@ class RunReport:
             "as_of": self.as_of.isoformat(),
             "status": self.status,
             **self.counts(),
+            "prices": self.counts("prices"),
             "signals": self.counts("signal"),
             "rows_written": self.rows_written,
             "seconds": round(self.seconds, 3),
@@ -163,12 +168,13 @@ class _Run:
             log.info("nodes are held by another run; asking again", count=len(busy))
             time.sleep(BUSY_PAUSE_SECONDS)
             signals = {identifier for kind, identifier in busy if kind == "signal"}
-            configurations = [c for c in configurations if ("portfolio", c.identifier) in busy or c.signal_uid in signals]
+            if not any(kind == "prices" for kind, _ in busy):
+                configurations = [c for c in configurations if ("portfolio", c.identifier) in busy or c.signal_uid in signals]
 
     def plan(self, configurations: Sequence[PortfolioConfiguration], failed_before: Collection[str], signals: Collection[str]) -> Plan:
         with transaction(self.engine, read_only=True) as connection:
             world = read_world(connection, configurations, self.as_of)
-        return make_plan(
+        plan = make_plan(
             configurations,
             world,
             self.as_of,
@@ -176,6 +182,10 @@ class _Run:
             failed_before=failed_before,
             signals_selected=signals,
         )
+        if scopes := new_scopes(plan.prices):
+            with self.engine.begin() as connection:
+                ensure_progress(connection, scopes)
+        return plan
 
     def execute(self, plan: Plan) -> list[NodeResult]:
         reasons = plan.reasons()
@@ -243,7 +253,8 @@ class _Flight:
         if group is None:
             return []
         waiting, batch, cells = self.waiting[group], list[Key](), 0.0
-        while waiting and len(batch) < (self.run.options.batch_size or BATCH_NODES_MAX) and (not batch or cells < BATCH_CELLS_MAX):
+        most = self.run.options.batch_size or (PRICE_NODES_MAX if group[0] == "prices" else BATCH_NODES_MAX)
+        while waiting and len(batch) < most and (not batch or cells < BATCH_CELLS_MAX):
             key = waiting.pop()
             batch.append(key)
             cells += _cells(self.work[key], self.run.as_of)
@@ -286,15 +297,19 @@ class _Flight:
 
 def _group(key: Key, node: Work) -> tuple[Any, ...]:
     """Nodes of one group read the same prices over a similar window."""
-    if not isinstance(node, PortfoliosDataNode):
+    if isinstance(node, InterpolatedAsset):
+        return (key[0], node.source_key, node.since is None)
+    if isinstance(node, SignalWeights):
         return (key[0],)
     configuration = node.portfolio_configuration
-    return (key[0], configuration.price_source.source_uid, configuration.price_column, node.since is None)
+    return (key[0], configuration.price_source.key, configuration.price_column, node.since is None)
 
 
 def _cells(node: Work, as_of: datetime) -> float:
-    """Estimated sessions x assets of a node's window."""
-    if not isinstance(node, PortfoliosDataNode):
+    """Estimated sessions x assets of a node's window; of bars for prices, of which each is a dozen columns."""
+    if isinstance(node, SignalWeights):
         return len(node.signal_weights_instance.universe)
     sessions = FRESH_SESSIONS if node.since is None else max((as_of - node.since).days, 1) * SESSIONS_PER_DAY
+    if isinstance(node, InterpolatedAsset):
+        return (sessions + 1) * PRICE_COLUMNS * (timedelta(days=1) / parse_frequency(node.source_cadence))
     return (sessions + 1) * (len(node.assets) + 1)

@@ -1,11 +1,22 @@
 """Storing a fleet: its calendars, identity rows and configurations."""
 
-from sqlalchemy import Engine
+from sqlalchemy import Engine, inspect
 
 import msm_core
 from msm_core.api import Calendar, CalendarDate, CalendarSession
-from msm_core.data_nodes.registration import register_portfolios
+from msm_core.configuration import PriceSource
+from msm_core.data_nodes.registration import read_configurations, register_portfolios
+from msm_core.database import transaction
+from msm_core.models import PortfolioConfigurationTable
 from msm_ray.fleet import CalendarRequest, Fleet
+
+
+def stored_price_sources(engine: Engine) -> list[PriceSource]:
+    """Price sources of all stored portfolios; none where nothing can be stored yet."""
+    with transaction(engine, read_only=True) as connection:
+        if not inspect(connection).has_table(PortfolioConfigurationTable.__tablename__):
+            return []
+        return [c.price_source for c in read_configurations(connection)]
 
 
 def store_fleet(engine: Engine, fleet: Fleet) -> int:

@@ -6,12 +6,14 @@ from datetime import datetime
 from sqlalchemy import Engine
 
 from msm_core.data_nodes.base import Batch, NodeResult, update_batch
-from msm_core.data_nodes.planning import plan_portfolio, plan_signal, read_world
+from msm_core.data_nodes.interpolated_prices import InterpolatedAsset, InterpolatedPrices
+from msm_core.data_nodes.interpolation import PricesKind
+from msm_core.data_nodes.planning import NodePlan, new_scopes, plan_portfolio, plan_prices, plan_signal, read_world, with_prices
 from msm_core.data_nodes.portfolios import PortfolioKind, PortfoliosDataNode
 from msm_core.data_nodes.registration import register_portfolios
 from msm_core.data_nodes.signals import SignalKind, SignalWeights
 from msm_core.database import exported_snapshot, get_engine, transaction
-from msm_core.errors import NodeFailed
+from msm_core.errors import ConfigurationError, MsmError, NodeFailed, UnknownAssets
 from msm_core.models import SignalWeightsStorage
 from msm_core.storage import Scope, ensure_progress, verify_prepared
 
@@ -26,15 +28,47 @@ def run_portfolio(node: PortfoliosDataNode, as_of: datetime | None, update_tree:
     with exported_snapshot(engine) as snapshot:
         with transaction(engine, read_only=True) as connection:
             world = read_world(connection, [configuration], as_of)
+        prices = plan_prices(world, as_of, full_refresh=False) if update_tree else []
+        for result in _update_prices(engine, prices, as_of, snapshot):
+            if result.identifier.partition("/")[2] in world.needed[configuration.identifier]:
+                _settled(result)
         signal = plan_signal(configuration.signal, world, as_of, full_refresh=False).node
         if update_tree and signal is not None:
-            _settled(update_batch(engine, Batch(SignalKind(), (signal,), as_of, snapshot=snapshot)))
-        plan = plan_portfolio(configuration, world, as_of, full_refresh=False)
+            _settled(update_batch(engine, Batch(SignalKind(), (signal,), as_of, snapshot=snapshot))[0])
+        plan = plan_portfolio(configuration, with_prices(world, prices), as_of, full_refresh=False)
         if plan.error:
-            _settled([NodeResult("portfolio", plan.identifier, "failed", error=plan.error)])
+            _settled(NodeResult("portfolio", plan.identifier, "failed", error=plan.error))
         if plan.node is None:
             return NodeResult("portfolio", plan.identifier, "up_to_date", watermark=plan.start)
-        return _settled(update_batch(engine, Batch(PortfolioKind(), (plan.node,), as_of, snapshot=snapshot)))
+        return _settled(update_batch(engine, Batch(PortfolioKind(), (plan.node,), as_of, snapshot=snapshot))[0])
+
+
+def run_prices(price_source: InterpolatedPrices, as_of: datetime | None) -> list[NodeResult]:
+    """Bring the assets of its list up to date; see `InterpolatedPrices.run`."""
+    engine = get_engine()
+    as_of = as_of or _now(engine)
+    if price_source.asset_list is None:
+        raise ConfigurationError(problems="interpolated prices run by themselves need an asset_list: it says for which assets")
+    with engine.connect() as connection:
+        verify_prepared(connection)
+    with exported_snapshot(engine) as snapshot:
+        with transaction(engine, read_only=True) as connection:
+            world = read_world(connection, [], as_of, [price_source])
+        if isinstance(error := world.resolved.sources[price_source.key], MsmError):
+            raise error
+        if unknown := [a for a in price_source.asset_list if a not in world.assets]:
+            raise UnknownAssets(owner="interpolated prices", assets=", ".join(unknown))
+        results = _update_prices(engine, plan_prices(world, as_of, full_refresh=False), as_of, snapshot)
+    return [_settled(result) for result in results]
+
+
+def _update_prices(engine: Engine, plans: Sequence[NodePlan[InterpolatedAsset]], as_of: datetime, snapshot: str) -> list[NodeResult]:
+    """One result per asset of the plan."""
+    with engine.begin() as connection:
+        ensure_progress(connection, new_scopes(plans))
+    nodes = tuple(p.node for p in plans if p.node)
+    done = [NodeResult("prices", p.identifier, "up_to_date", watermark=p.end) for p in plans if p.node is None]
+    return done + (update_batch(engine, Batch(PricesKind(), nodes, as_of, snapshot=snapshot)) if nodes else [])
 
 
 def run_signal(node: SignalWeights, as_of: datetime | None) -> NodeResult:
@@ -43,11 +77,10 @@ def run_signal(node: SignalWeights, as_of: datetime | None) -> NodeResult:
     with engine.begin() as connection:
         verify_prepared(connection)
         ensure_progress(connection, [Scope(SignalWeightsStorage, node.identifier)])
-    return _settled(update_batch(engine, Batch(SignalKind(), (node,), as_of or _now(engine))))
+    return _settled(update_batch(engine, Batch(SignalKind(), (node,), as_of or _now(engine)))[0])
 
 
-def _settled(results: Sequence[NodeResult]) -> NodeResult:
-    result = results[0]
+def _settled(result: NodeResult) -> NodeResult:
     if result.error:
         raise NodeFailed(type=result.error["reason"], text=result.error["message"])
     return result

@@ -4,33 +4,35 @@ Read set-based by the driver, decided without any clock. A node that is already 
 coverage of its own assets decide that, never a table-wide maximum.
 """
 
-import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Generic, Literal, TypeVar
 
 from sqlalchemy import Connection
 
-from msm_core.configuration import PortfolioConfiguration
+from msm_core.configuration import PortfolioConfiguration, PriceSource, SourceKey
 from msm_core.construction import required_assets
 from msm_core.data_nodes.base import failure_facts
-from msm_core.data_nodes.portfolios import SESSION_DATE_MARGIN, PortfoliosDataNode, portfolio_scopes
+from msm_core.data_nodes.interpolated_prices import InterpolatedAsset, Resolved, resolve_sources
+from msm_core.data_nodes.portfolios import PortfoliosDataNode, portfolio_scopes
 from msm_core.data_nodes.signals import SignalWeights
-from msm_core.errors import MissingPrices, MsmError, SourceNotRegistered, SourceUnusable, UnknownAssets
+from msm_core.errors import MissingPrices, MsmError, SourceUnusable, UnknownAssets
 from msm_core.frames import TICK, to_datetime, utc
+from msm_core.interpolation import CODE_VERSION as PRICES_CODE_VERSION
 from msm_core.models import SignalWeightsStorage
 from msm_core.signals import CODE_VERSION as SIGNAL_CODE_VERSION
 from msm_core.signals import Signal
-from msm_core.storage import Progress, ProgressRows, Scope, Source, known_assets, last_trades, price_coverage, read_progress, read_sources
+from msm_core.storage import Progress, ProgressRows, Scope, Source, known_assets, last_trades, price_coverage, read_progress
 from msm_core.valuation import CODE_VERSION as PORTFOLIO_CODE_VERSION
 
 Reason = Literal[
     "new", "configuration changed", "code changed", "full refresh", "inputs advanced", "previous failure", "up to date", "invalid"
 ]
-NodeT = TypeVar("NodeT", SignalWeights, PortfoliosDataNode)
+NodeT = TypeVar("NodeT", InterpolatedAsset, SignalWeights, PortfoliosDataNode)
 TEXT_TYPES = {"text", "character varying"}
-Coverage = Mapping[tuple[uuid.UUID, str], Mapping[str, tuple[datetime, datetime]]]
+SESSION_LENGTH_MAX = timedelta(days=2)  # from the stamp of a bar to the close of its session, in any time zone
+Bounds = Mapping[str, tuple[datetime, datetime]]  # first and last bar per asset
 
 
 @dataclass(frozen=True)
@@ -52,33 +54,105 @@ class NodePlan(Generic[NodeT]):
 
 @dataclass(frozen=True)
 class World:
-    """What the plan of a fleet is decided from, all of it read in a fixed number of statements."""
+    """What the plan of a fleet is decided from, all of it read in a fixed number of statements.
+
+    needed     assets of each portfolio: its universe, what it holds, its override asset
+    coverage   of the prices that are read, by (source, column); where they are interpolated, of what is stored
+    originals  of the bars that interpolated prices are made from, by their key
+    """
 
     progress: ProgressRows
     held: Mapping[str, tuple[str, ...]]
-    sources: Mapping[uuid.UUID, Source]
+    needed: Mapping[str, set[str]]
+    resolved: Resolved
     assets: set[str]
-    coverage: Coverage
+    coverage: Mapping[tuple[SourceKey, str], Bounds]
+    originals: Mapping[SourceKey, Bounds]
 
 
-def read_world(connection: Connection, configurations: Sequence[PortfolioConfiguration], as_of: datetime) -> World:
-    """Statements: five, and one more per (price source, column)."""
-    scopes = [s for c in configurations for s in (*portfolio_scopes(c), Scope(SignalWeightsStorage, c.signal_uid))]
-    progress = read_progress(connection, {s.uid for s in scopes})
+def read_world(
+    connection: Connection, configurations: Sequence[PortfolioConfiguration], as_of: datetime, price_sources: Iterable[PriceSource] = ()
+) -> World:
+    """Statements: five, one more per (price source, column), and where prices are interpolated one per storage and one more.
+
+    price_sources  that are of interest beside those of the portfolios
+    """
+    price_sources = list(price_sources)
     held = {i: trade.held() for i, trade in last_trades(connection, [c.identifier for c in configurations]).items()}
-    needed = {
-        c.identifier: {*c.signal.universe, *held.get(c.identifier, ()), *filter(None, [c.signal.override_asset])} for c in configurations
-    }
-    sources = read_sources(connection, {c.price_source.source_uid for c in configurations})
-    assets = known_assets(connection, {a for names in needed.values() for a in names})
-    wanted: dict[tuple[uuid.UUID, str], set[str]] = {}
+    needed = {c.identifier: {*c.signal.universe, *held.get(c.identifier, ()), *c.signal.override} for c in configurations}
+    resolved = resolve_sources(connection, [*price_sources, *(c.price_source for c in configurations)])
+    interpolated: dict[SourceKey, set[str]] = {key: set() for key in resolved.storages if isinstance(resolved.sources[key], Source)}
+    for price_source, assets in [*((p, ()) for p in price_sources), *((c.price_source, needed[c.identifier]) for c in configurations)]:
+        if price_source.key in interpolated:
+            interpolated[price_source.key].update(assets if price_source.asset_list is None else price_source.asset_list)
+    wanted: dict[tuple[SourceKey, str], set[str]] = {}
     for c in configurations:
-        if _source_error(c, sources) is None:
-            wanted.setdefault((c.price_source.source_uid, c.price_column), set()).update(needed[c.identifier])
-    coverage = {
-        (uid, column): price_coverage(connection, sources[uid], column, sorted(names), as_of) for (uid, column), names in wanted.items()
+        if _source_error(c, resolved) is None:
+            wanted.setdefault((c.price_source.key, c.price_column), set()).update(needed[c.identifier])
+    scopes = [s for c in configurations for s in (*portfolio_scopes(c), Scope(SignalWeightsStorage, c.signal_uid))]
+    scopes += [Scope(resolved.storages[key], asset) for key, assets in interpolated.items() for asset in assets]
+    progress = read_progress(connection, {s.uid for s in scopes})
+    known = known_assets(connection, {a for names in (*needed.values(), *interpolated.values()) for a in names})
+    coverage: dict[tuple[SourceKey, str], Bounds] = {}
+    for (key, column), names in wanted.items():
+        source = resolved.sources[key]
+        assert isinstance(source, Source)  # else it would have an error
+        coverage[key, column] = price_coverage(connection, source, column, sorted(names), as_of)
+    originals = {
+        key: price_coverage(connection, resolved.origins[key], "close", sorted(names), as_of) for key, names in interpolated.items()
     }
-    return World(progress, held, sources, assets, coverage)
+    return World(progress, held, needed, resolved, known, coverage, originals)
+
+
+def plan_prices(world: World, as_of: datetime, full_refresh: bool) -> list[NodePlan[InterpolatedAsset]]:
+    """Every asset that is to be interpolated and has bars; one that is not registered fails with the portfolios that need it."""
+    return [
+        _plan_asset(world, key, asset, bounds[asset][1], as_of, full_refresh)
+        for key, bounds in world.originals.items()
+        for asset in sorted(bounds.keys() & world.assets)
+    ]
+
+
+def _plan_asset(
+    world: World, key: SourceKey, asset: str, newest: datetime, as_of: datetime, full_refresh: bool
+) -> NodePlan[InterpolatedAsset]:
+    storage = world.resolved.storages[key]
+    before = world.progress.get(Scope(storage, asset).uid)
+    watermark = before.watermark if before else None
+    if before is None or watermark is None:
+        reason: Reason = "new"
+    elif full_refresh:
+        reason = "full refresh"
+    elif before.code_version != PRICES_CODE_VERSION:
+        reason = "code changed"
+    elif newest > watermark:
+        reason = "inputs advanced"
+    else:
+        return NodePlan(f"{storage.logical_name()}/{asset}", "up to date", None, watermark, watermark)
+    node = InterpolatedAsset(
+        **storage.__metatable_extra_hash_components__,  # type: ignore[arg-type] - text that pydantic reads
+        asset_identifier=asset,
+        watermark=watermark,
+        replace=reason in ("full refresh", "code changed"),
+        expected_epoch=before.epoch if before else 0,
+    )
+    return NodePlan(node.identifier, reason, node, node.since, as_of)
+
+
+def new_scopes(plans: Iterable[NodePlan[InterpolatedAsset]]) -> list[Scope]:
+    """Progress rows that must be made before `plans` can run: assets that are interpolated for the first time."""
+    return [scope for plan in plans if plan.node and plan.reason == "new" for scope in plan.node.scopes]
+
+
+def with_prices(world: World, plans: Sequence[NodePlan[InterpolatedAsset]]) -> World:
+    """The world once `plans` have run: at most to the end of the session that the newest bar of a source belongs to."""
+    coming: dict[SourceKey, dict[str, tuple[datetime, datetime]]] = {}
+    for plan in plans:
+        if plan.node:
+            first, last = world.originals[plan.node.source_key][plan.node.asset_identifier]
+            coming.setdefault(plan.node.source_key, {})[plan.node.asset_identifier] = (first, last + SESSION_LENGTH_MAX)
+    coverage = {(key, column): {**stored, **coming.get(key, {})} for (key, column), stored in world.coverage.items()}
+    return replace(world, coverage=coverage)
 
 
 def plan_signal(signal: Signal, world: World, as_of: datetime, full_refresh: bool) -> NodePlan[SignalWeights]:
@@ -136,7 +210,7 @@ def _plan_portfolio(
     unknown = [a for a in required if a not in world.assets]
     if unknown:
         raise UnknownAssets(owner=identifier, assets=", ".join(unknown))
-    if error := _source_error(configuration, world.sources):
+    if error := _source_error(configuration, world.resolved):
         raise error
     end, limit = min(_priced_end(configuration, world, required, start, as_of), _signal_end(configuration, world, as_of))
     window = NodePlan[PortfoliosDataNode](identifier, reason, None, start, end, limit)
@@ -166,13 +240,10 @@ def _reason(configuration: PortfolioConfiguration, own: Sequence[Progress | None
     return "inputs advanced"
 
 
-def _source_error(configuration: PortfolioConfiguration, sources: Mapping[uuid.UUID, Source]) -> MsmError | None:
-    uid, column = configuration.price_source.source_uid, configuration.price_column
-    if uid not in sources:
-        return SourceNotRegistered(
-            source=str(uid), known=", ".join(sorted(s.identifier for s in sources.values())) or "none of this fleet's"
-        )
-    source = sources[uid]
+def _source_error(configuration: PortfolioConfiguration, resolved: Resolved) -> MsmError | None:
+    source, column = resolved.sources[configuration.price_source.key], configuration.price_column
+    if isinstance(source, MsmError):
+        return source
     wrong = [
         (not source.readable, "this database role may not read it; GRANT SELECT on it"),
         (source.columns.get("asset_identifier", "").split("(")[0] not in TEXT_TYPES, "its asset_identifier must be a text column"),
@@ -191,16 +262,16 @@ def _priced_end(
     configuration: PortfolioConfiguration, world: World, required: Sequence[str], start: datetime | None, as_of: datetime
 ) -> Limit:
     """The first end of the required assets' prices. Raises MissingPrices for a fresh portfolio with an asset that has none."""
-    source = world.sources[configuration.price_source.source_uid]
-    covered = world.coverage[source.uid, configuration.price_column]
+    source = world.resolved.sources[configuration.price_source.key]
+    assert isinstance(source, Source)
+    covered = world.coverage[configuration.price_source.key, configuration.price_column]
     absent = [a for a in required if a not in covered]
     if absent and start is None:
         facts = {"source": source.identifier, "column": configuration.price_column, "assets": ", ".join(absent)}
         raise MissingPrices(portfolio=configuration.identifier, **facts)
     if absent:
         return start or as_of, absent[0]
-    margin = SESSION_DATE_MARGIN if source.time_label == "session_date" else timedelta(0)
-    return min((covered[a][1] + margin, a) for a in required)
+    return min((covered[a][1] + source.margin, a) for a in required)
 
 
 def _signal_end(configuration: PortfolioConfiguration, world: World, as_of: datetime) -> Limit:

@@ -11,13 +11,14 @@ from psycopg import sql
 from pydantic import AwareDatetime, BaseModel, ConfigDict
 from sqlalchemy import Connection
 
-from msm_core.configuration import PortfolioConfiguration, PriceAlignmentPolicy, PriceSource
+from msm_core.configuration import PortfolioConfiguration, PriceAlignmentPolicy, PriceSource, SourceKey
 from msm_core.construction import Construction, Market, State, align, construct, required_assets, window_end
 from msm_core.copying import Block, Text, execute
 from msm_core.data_nodes.base import NodeResult, input_digest
 from msm_core.data_nodes.calendars import resolve_calendars
+from msm_core.data_nodes.interpolated_prices import resolve_sources
 from msm_core.data_nodes.signals import SignalWeights
-from msm_core.errors import MsmError, SourceNotRegistered, StateLost, UnknownAssets
+from msm_core.errors import MsmError, StateLost, UnknownAssets
 from msm_core.frames import TICK, LastTrade, Series, to_datetime, utc
 from msm_core.models import PortfolioIndexValuesStorage, PortfoliosStorage, PortfolioTable, PortfolioWeightsStorage, SignalWeightsStorage
 from msm_core.sessions import Sessions
@@ -33,12 +34,9 @@ from msm_core.storage import (
     read_prices,
     read_progress,
     read_signal_weights,
-    read_sources,
     read_values,
 )
 from msm_core.valuation import CODE_VERSION
-
-SESSION_DATE_MARGIN = timedelta(days=2)  # a bar labelled by its date is stamped at most this long before it becomes known
 
 
 class PortfoliosDataNode(BaseModel):
@@ -117,7 +115,7 @@ def portfolio_scopes(configuration: PortfolioConfiguration) -> tuple[Scope, ...]
 class MarketKey(NamedTuple):
     """Portfolios with the same key share one aligned block of prices."""
 
-    source_uid: uuid.UUID
+    source: SourceKey
     column: str
     calendar_key: str
     frequency: timedelta
@@ -126,7 +124,7 @@ class MarketKey(NamedTuple):
     @classmethod
     def of(cls, configuration: PortfolioConfiguration) -> "MarketKey":
         return cls(
-            configuration.price_source.source_uid,
+            configuration.price_source.key,
             configuration.price_column,
             configuration.rebalance.calendar_key,
             configuration.frequency,
@@ -134,18 +132,25 @@ class MarketKey(NamedTuple):
         )
 
 
+Markets = Mapping[MarketKey, Market | MsmError]  # one that could not be built holds the error, for the portfolios that need it
+
+
 @dataclass(frozen=True)
 class Outside:
-    """Inputs that belong to others; a market that could not be built holds the error instead, for the portfolios that need it."""
+    """Inputs that belong to others. `markets` are those of their prices; ours are not read yet."""
 
-    markets: Mapping[MarketKey, Market | MsmError]
+    sources: Mapping[SourceKey, Source | MsmError]
+    calendars: Mapping[str, Sessions | MsmError]
+    markets: Markets
     assets: set[str]
+    as_of: datetime
 
 
 @dataclass(frozen=True)
 class Inside:
-    """Inputs that this system wrote, read in the claiming transaction."""
+    """Inputs that this system wrote, read in the claiming transaction; `markets` are all of the batch."""
 
+    markets: Markets
     vectors: Mapping[str, Vectors]
     signal_progress: Mapping[str, datetime | None]
     states: Mapping[str, State]
@@ -159,23 +164,22 @@ class PortfolioKind:
 
     def read_outside(self, connection: Connection, nodes: Sequence[PortfoliosDataNode], as_of: datetime) -> Outside:
         assets = known_assets(connection, {a for node in nodes for a in node.assets})
-        sources = read_sources(connection, {node.portfolio_configuration.price_source.source_uid for node in nodes})
+        sources = resolve_sources(connection, [node.portfolio_configuration.price_source for node in nodes]).sources
         keys = {node.portfolio_configuration.rebalance.calendar_key for node in nodes}
         calendars = resolve_calendars(connection, keys, as_of)
-        prices = _read_prices(connection, nodes, sources, as_of)
-        groups: dict[MarketKey, list[PortfoliosDataNode]] = {}
-        for node in nodes:
-            groups.setdefault(MarketKey.of(node.portfolio_configuration), []).append(node)
-        markets = {key: _market(key, group, sources, calendars, prices, as_of) for key, group in groups.items()}
-        return Outside(markets, assets)
+        foreign = [node for node in nodes if not _is_inside(node, sources)]
+        return Outside(sources, calendars, _markets(connection, foreign, sources, calendars, as_of), assets, as_of)
 
     def read_inside(self, connection: Connection, nodes: Sequence[PortfoliosDataNode], progress: ProgressRows, outside: Outside) -> Inside:
+        ours = [node for node in nodes if _is_inside(node, outside.sources)]
+        markets = {**outside.markets, **_markets(connection, ours, outside.sources, outside.calendars, outside.as_of)}
         signals = sorted({node.portfolio_configuration.signal_uid for node in nodes})
-        since = min((_vectors_since(node, outside) for node in nodes), default=BEGINNING)
-        rows = read_signal_weights(connection, signals, since, _latest(nodes, outside))
+        since = min((_vectors_since(node, markets) for node in nodes), default=BEGINNING)
+        rows = read_signal_weights(connection, signals, since, _latest(markets))
         scopes = {uid: Scope(SignalWeightsStorage, uid) for uid in signals}
         moved = read_progress(connection, [scope.uid for scope in scopes.values()])
         return Inside(
+            markets=markets,
             vectors={uid: Vectors.from_rows(r) for uid, r in rows.items()},
             signal_progress={uid: moved[s.uid].watermark if s.uid in moved else None for uid, s in scopes.items()},
             states=_read_states(connection, nodes),
@@ -186,7 +190,7 @@ class PortfolioKind:
         unknown = [a for a in node.assets if a not in outside.assets]
         if unknown:
             raise UnknownAssets(owner=node.identifier, assets=", ".join(unknown))
-        market = outside.markets[MarketKey.of(configuration)]
+        market = inside.markets[MarketKey.of(configuration)]
         if isinstance(market, MsmError):
             raise market
         vectors = inside.vectors.get(configuration.signal_uid)
@@ -221,39 +225,58 @@ class PortfolioKind:
 
 # -- reading ------------------------------------------------------------------------------------------------------------------
 
-PriceKey = tuple[uuid.UUID, str]
+PriceKey = tuple[SourceKey, str]
+
+
+def _is_inside(node: PortfoliosDataNode, sources: Mapping[SourceKey, Source | MsmError]) -> bool:
+    source = sources[node.portfolio_configuration.price_source.key]
+    return isinstance(source, Source) and source.is_inside
+
+
+def _markets(
+    connection: Connection,
+    nodes: Sequence[PortfoliosDataNode],
+    sources: Mapping[SourceKey, Source | MsmError],
+    calendars: Mapping[str, Sessions | MsmError],
+    as_of: datetime,
+) -> dict[MarketKey, Market | MsmError]:
+    prices = _read_prices(connection, nodes, sources, as_of)
+    groups: dict[MarketKey, list[PortfoliosDataNode]] = {}
+    for node in nodes:
+        groups.setdefault(MarketKey.of(node.portfolio_configuration), []).append(node)
+    return {key: _market(key, group, sources, calendars, prices, as_of) for key, group in groups.items()}
 
 
 def _read_prices(
-    connection: Connection, nodes: Sequence[PortfoliosDataNode], sources: Mapping[uuid.UUID, Source], as_of: datetime
+    connection: Connection, nodes: Sequence[PortfoliosDataNode], sources: Mapping[SourceKey, Source | MsmError], as_of: datetime
 ) -> dict[PriceKey, dict[str, Series] | MsmError]:
     """Bars per (source, column), one statement each, whatever the number of portfolios."""
     groups: dict[PriceKey, list[PortfoliosDataNode]] = {}
     for node in nodes:
         configuration = node.portfolio_configuration
-        groups.setdefault((configuration.price_source.source_uid, configuration.price_column), []).append(node)
+        groups.setdefault((configuration.price_source.key, configuration.price_column), []).append(node)
     prices: dict[PriceKey, dict[str, Series] | MsmError] = {}
-    for (uid, column), group in groups.items():
-        if uid not in sources:
-            prices[uid, column] = SourceNotRegistered(source=str(uid), known=", ".join(s.identifier for s in sources.values()) or "none")
+    for (key, column), group in groups.items():
+        source = sources[key]
+        if isinstance(source, MsmError):
+            prices[key, column] = source
             continue
         assets = sorted({a for node in group for a in node.assets})
         try:
-            prices[uid, column] = read_prices(connection, sources[uid], column, assets, _bars_since(group, sources[uid]), as_of)
+            prices[key, column] = read_prices(connection, source, column, assets, _bars_since(group, source), as_of)
         except MsmError as error:
-            prices[uid, column] = error
+            prices[key, column] = error
     return prices
 
 
 def _bars_since(nodes: Sequence[PortfoliosDataNode], source: Source) -> datetime | None:
     """Time of the oldest bar that any of the nodes may need: at its watermark, or as much earlier as staleness allows."""
-    margin = SESSION_DATE_MARGIN if source.time_label == "session_date" else timedelta(0)
     oldest: list[datetime] = []
     for node in nodes:
         start = node.since or _start_of(node.portfolio_configuration)
         if start is None:
             return None
-        oldest.append(start - node.portfolio_configuration.alignment.maximum_staleness - margin)
+        oldest.append(start - node.portfolio_configuration.alignment.maximum_staleness - source.margin)
     return min(oldest)
 
 
@@ -267,33 +290,33 @@ def _start_of(configuration: PortfolioConfiguration) -> datetime | None:
 def _market(
     key: MarketKey,
     nodes: Sequence[PortfoliosDataNode],
-    sources: Mapping[uuid.UUID, Source],
+    sources: Mapping[SourceKey, Source | MsmError],
     calendars: Mapping[str, Sessions | MsmError],
     prices: Mapping[PriceKey, dict[str, Series] | MsmError],
     as_of: datetime,
 ) -> Market | MsmError:
-    sessions, series = calendars[key.calendar_key], prices[key.source_uid, key.column]
+    sessions, series, source = calendars[key.calendar_key], prices[key.source, key.column], sources[key.source]
     for input_ in (series, sessions):
         if isinstance(input_, MsmError):
             return input_
     assert isinstance(sessions, Sessions)
     assert isinstance(series, dict)
+    assert isinstance(source, Source)
     assets = sorted({a for node in nodes for a in node.assets})
     times = sessions.valuation_times(key.frequency)
     first = min((bars.times[0] for a, bars in series.items() if a in set(assets)), default=utc(as_of, "as_of"))
     watermarks = [utc(node.since, "watermark") for node in nodes if node.since]
     begin = min([first, *watermarks])
     grid = times[np.searchsorted(times, begin, "left") : np.searchsorted(times, utc(as_of, "as_of"), "right")]
-    source = sources[key.source_uid]
     return align(series, assets, sessions, grid, key.policy, source.identifier, key.column, source.time_label)
 
 
-def _vectors_since(node: PortfoliosDataNode, outside: Outside) -> datetime:
+def _vectors_since(node: PortfoliosDataNode, markets: Markets) -> datetime:
     """Instant at which the oldest decision that may still matter was taken; the vector valid there is read too.
 
     A trade just after the watermark was decided `execution_lag` sessions earlier, and `signal_change` looks one session further back.
     """
-    market = outside.markets[MarketKey.of(node.portfolio_configuration)]
+    market = markets[MarketKey.of(node.portfolio_configuration)]
     if node.since is None or isinstance(market, MsmError):
         return BEGINNING
     closes = market.sessions.closes
@@ -301,9 +324,9 @@ def _vectors_since(node: PortfoliosDataNode, outside: Outside) -> datetime:
     return to_datetime(closes[session]) if session >= 0 else BEGINNING
 
 
-def _latest(nodes: Sequence[PortfoliosDataNode], outside: Outside) -> datetime:
+def _latest(markets: Markets) -> datetime:
     """The newest valuation time of the batch; later vectors cannot matter."""
-    ends = [m.grid[-1] for m in outside.markets.values() if isinstance(m, Market) and len(m.grid)]
+    ends = [m.grid[-1] for m in markets.values() if isinstance(m, Market) and len(m.grid)]
     return to_datetime(max(ends)) if ends else BEGINNING
 
 

@@ -11,6 +11,7 @@ import pytest
 from sqlalchemy import Engine
 
 from msm_core.data_nodes import planning, portfolios, signals
+from msm_core.data_nodes.interpolated_prices import Resolved
 from msm_core.data_nodes.planning import World, plan_portfolio, plan_signal
 from msm_core.data_nodes.portfolios import portfolio_scopes
 from msm_core.models import ExternalPricesStorage, SignalWeightsStorage
@@ -318,7 +319,9 @@ def world(
             progress[scope.uid] = Progress(scope.uid, watermark and instant(watermark), epoch, 1, *facts)
     coverage = {asset: (instant("2024-01-02 21:00"), instant(time)) for asset, time in last.items()}
     source = replace(SOURCE, time_label=label)
-    return World(progress, {"p": held}, {SOURCE.uid: source}, {*last, *held}, {(SOURCE.uid, "close"): coverage})
+    key = (SOURCE.uid, None)
+    resolved = Resolved({key: source}, {}, {})
+    return World(progress, {"p": held}, {}, resolved, {*last, *held}, {(key, "close"): coverage}, {})
 
 
 P = portfolio("p", equal("A", "B"))
@@ -363,7 +366,7 @@ def test_signals_are_planned_from_their_own_progress():
     own = Scope(SignalWeightsStorage, signal.uid).uid
 
     def planned(progress: dict) -> tuple:
-        found = plan_signal(signal, World(progress, {}, {}, set(), {}), instant("2024-01-31"), full_refresh=False)
+        found = plan_signal(signal, World(progress, {}, {}, Resolved({}, {}, {}), set(), {}, {}), instant("2024-01-31"), full_refresh=False)
         return found.reason, found.start, found.end
 
     later = Progress(other, instant("2024-06-01"), 9, 1, "x", planning.SIGNAL_CODE_VERSION)
@@ -379,7 +382,7 @@ def test_a_plan_prints_as_plain_data():
     plan = make_plan([P, portfolio("q", equal("ghost"))], known, instant("2024-01-31"))
     document = json.loads(json.dumps(plan.document()))
     assert document["as_of"] == "2024-01-31T00:00:00+00:00"
-    assert document["summary"] == {"signals": {"new": 1}, "portfolios": {"new": 1, "invalid": 1}}
+    assert document["summary"] == {"prices": {}, "signals": {"new": 1}, "portfolios": {"new": 1, "invalid": 1}}
     assert document["portfolios"][0] == {"identifier": "p", "reason": "new", "end": "2024-01-08T00:00:00+00:00", "limited_by": "B"}
     assert document["portfolios"][1]["error"]["reason"] == "unknown_assets"
 
