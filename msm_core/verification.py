@@ -12,22 +12,26 @@ from sqlalchemy import Connection
 from msm_core.copying import fetch
 from msm_core.frames import iso, utc
 from msm_core.models import (
+    LOADED_NAMESPACE,
     AssetTable,
     DataNodeUpdateTable,
+    InterpolatedPricesStorage,
     PortfoliosStorage,
     PortfolioTable,
     PortfolioWeightsStorage,
     SignalWeightsStorage,
     StorageTable,
+    TimeIndexMetaTable,
 )
 
 AUDITED: tuple[type[StorageTable], ...] = (SignalWeightsStorage, PortfolioWeightsStorage, PortfoliosStorage)
+REACHING = ("portfolios", "interpolated_prices")  # kinds of storages that have a row at every watermark
 EXAMPLES_MAX = 20
 
 
 @dataclass(frozen=True)
 class Verification:
-    """checksum: 64 hex digits over every stored signal weight, portfolio weight and value; rows: how many; violations: sentences."""
+    """checksum: 64 hex digits over every stored signal weight, portfolio weight, value and interpolated bar; violations: sentences."""
 
     checksum: str
     rows: int
@@ -46,9 +50,9 @@ class _ScopeTotals:
 
 def verify(connection: Connection) -> Verification:
     """Digest and audit: one scan per storage, and one more of values."""
-    totals = {storage: _totals(connection, storage) for storage in AUDITED}
-    violations = [v for storage in AUDITED for v in _progress_violations(connection, storage, totals[storage])]
-    violations += _unknown(connection, AssetTable, "asset_identifier", (SignalWeightsStorage, PortfolioWeightsStorage))
+    totals = {storage: _totals(connection, storage) for storage in _audited(connection)}
+    violations = [v for storage in totals for v in _progress_violations(connection, storage, totals[storage])]
+    violations += _unknown(connection, AssetTable, "asset_identifier", [s for s in totals if "asset_identifier" in s.key_columns()])
     violations += _unknown(connection, PortfolioTable, "portfolio_identifier", (PortfolioWeightsStorage, PortfoliosStorage))
     violations += _wrong_returns(connection)
     rows = sum(scope.rows for scopes in totals.values() for scope in scopes.values())
@@ -57,7 +61,17 @@ def verify(connection: Connection) -> Verification:
 
 def checksum(connection: Connection) -> str:
     """The digest alone."""
-    return _digest({storage: _totals(connection, storage) for storage in AUDITED})
+    return _digest({storage: _totals(connection, storage) for storage in _audited(connection)})
+
+
+def _audited(connection: Connection) -> list[type[StorageTable]]:
+    """The outputs of every fleet, and the interpolated storages that the catalogue names."""
+    statement = sql.SQL("""
+        SELECT identity_components FROM {table} WHERE kind = %(kind)s AND namespace = %(namespace)s
+           AND to_regclass(quote_ident(physical_table_name)) IS NOT NULL ORDER BY identifier
+    """).format(table=_name(TimeIndexMetaTable))
+    found = fetch(connection, statement, {"kind": InterpolatedPricesStorage.__storage_kind__, "namespace": LOADED_NAMESPACE})
+    return [*AUDITED, *(InterpolatedPricesStorage.configured_by(components) for (components,) in found)]
 
 
 def _totals(connection: Connection, storage: type[StorageTable]) -> dict[str, _ScopeTotals]:
@@ -82,7 +96,7 @@ def _bytes(column: str, type_: type) -> sql.Composed:
     elif type_ is float:
         convert = sql.SQL("coalesce(float8send({0}), '\\x')")
     else:
-        convert = sql.SQL("timestamptz_send({0})")
+        convert = sql.SQL("coalesce({send}({{0}}), '\\x')".format(send="boolsend" if type_ is bool else "timestamptz_send"))
     return convert.format(sql.Identifier(column))
 
 
@@ -95,7 +109,7 @@ def _digest(totals: dict[type[StorageTable], dict[str, _ScopeTotals]]) -> str:
 
 
 def _progress_violations(connection: Connection, storage: type[StorageTable], totals: dict[str, _ScopeTotals]) -> list[str]:
-    """Progress and rows must tell the same: values reach their watermark, weights and signals do not pass it, counts agree."""
+    """Progress and rows must tell the same: values and prices reach their watermark, the others do not pass it, counts agree."""
     statement = sql.SQL("SELECT scope, watermark, row_count FROM {table} WHERE storage = %(storage)s").format(
         table=_name(DataNodeUpdateTable)
     )
@@ -109,7 +123,7 @@ def _progress_violations(connection: Connection, storage: type[StorageTable], to
         if stored is None:
             continue
         beyond = reached is None or stored.newest > reached
-        if beyond or (storage is PortfoliosStorage and stored.newest != reached):
+        if beyond or (storage.__storage_kind__ in REACHING and stored.newest != reached):
             found.append(f"{storage.__concept__}: {scope} reaches {iso(stored.newest)}, its progress says {iso(reached)}")
     return found
 

@@ -2,6 +2,7 @@
 
 import functools
 import uuid
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, ClassVar
 
@@ -12,6 +13,7 @@ from msm_core.identity import identity, logical_identifier
 from msm_core.models.base import LOADED_NAMESPACE, NAMING, Identifier, StorageTable, column, instant
 
 FINITE = "{0} > '-Infinity' AND {0} < 'Infinity'"  # NaN sorts above Infinity in Postgres, so this refuses it too
+COMPONENTS = ("source_time_index_meta_table_uid", "source_cadence", "upsample_frequency_id", "intraday_bar_interpolation_rule")
 DIGEST_CHARS = 16  # of the policy, in the names of its storage; `prepare` and the runtime refuse two policies of one name
 POSITIVE = "{0} > 0 AND {0} < 'Infinity'"
 
@@ -75,22 +77,27 @@ class InterpolatedPricesStorage(PriceBarsStorage):
         source_time_index_meta_table_uid: uuid.UUID, source_cadence: str, upsample_frequency_id: str, intraday_bar_interpolation_rule: str
     ) -> "type[InterpolatedPricesStorage]":
         """The storage of a policy: these four make its identity, and nothing else does."""
-        components = {
-            "source_time_index_meta_table_uid": str(source_time_index_meta_table_uid),
-            "source_cadence": source_cadence,
-            "upsample_frequency_id": upsample_frequency_id,
-            "intraday_bar_interpolation_rule": intraday_bar_interpolation_rule,
-        }
-        digest = identity({"kind": "interpolated_prices_storage", **components})[:DIGEST_CHARS]
-        members = {
-            "__doc__": f"Prices of source {source_time_index_meta_table_uid} ({source_cadence}) at {upsample_frequency_id}, "
-            f"gaps: {intraday_bar_interpolation_rule}.",
-            "__concept__": f"InterpolatedPrices_{digest}",
-            "__cadence__": upsample_frequency_id,
-            "__metatable_extra_hash_components__": components,
-            "__module__": __name__,
-        }
-        return type(f"InterpolatedPricesStorage_{digest}", (InterpolatedPricesStorage,), members)
+        policy = (source_cadence, upsample_frequency_id, intraday_bar_interpolation_rule)
+        return _configured(dict(zip(COMPONENTS, (str(source_time_index_meta_table_uid), *policy), strict=True)))
+
+    @classmethod
+    def configured_by(cls, components: Mapping[str, str]) -> "type[InterpolatedPricesStorage]":
+        """The storage of the identity components that a catalogue row holds."""
+        uid, *policy = (components[name] for name in COMPONENTS)
+        return cls.configured(uuid.UUID(uid), *policy)
+
+
+def _configured(components: dict[str, str]) -> type[InterpolatedPricesStorage]:
+    digest = identity({"kind": "interpolated_prices_storage", **components})[:DIGEST_CHARS]
+    source, cadence, frequency, rule = components.values()
+    members = {
+        "__doc__": f"Bars of source {source} ({cadence}) at {frequency}, gaps: {rule}.",
+        "__concept__": f"InterpolatedPrices_{digest}",
+        "__cadence__": frequency,
+        "__metatable_extra_hash_components__": components,
+        "__module__": __name__,
+    }
+    return type(f"InterpolatedPricesStorage_{digest}", (InterpolatedPricesStorage,), members)
 
 
 class SignalWeightsStorage(StorageTable):

@@ -202,7 +202,7 @@ def test_a_worker_of_another_installation_is_refused(engine, fleet, monkeypatch)
     plan = factories.plan(engine, fleet, NIGHT)
     payload = encode_batch("signal", [p.node for p in plan.signals if p.node], plan.as_of, None, None)
     monkeypatch.setattr(executors, "CODE_VERSION", "another")
-    with pytest.raises(StaleCode, match="the worker runs code version another, the driver signals-"):
+    with pytest.raises(StaleCode, match="the worker runs code version another, the driver prices-"):
         run_batch(payload)
     assert sum(count for count, _ in factories.dump(engine).values()) == 0
 

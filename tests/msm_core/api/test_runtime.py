@@ -69,8 +69,8 @@ def test_rows_need_their_tables_attached(engine):
 
 
 def test_unprepared_database_is_refused_and_left_as_it_is(empty_engine):  # R58
-    with pytest.raises(StorageNotPrepared, match=r"missing: msm__asset\. Run `msm-ray prepare`"):
-        start_engine(["Asset"])
+    with pytest.raises(StorageNotPrepared, match=r"missing: msm__asset_type\. Run `msm-ray prepare`"):
+        start_engine(["AssetType"])
     assert inspect(empty_engine).get_table_names() == []
     with pytest.raises(EngineNotStarted):
         Asset.count()
