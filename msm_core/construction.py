@@ -211,14 +211,25 @@ def _priced_from(market: Market, vectors: Vectors) -> np.datetime64:
 
 
 def _first_priced_session(configuration: PortfolioConfiguration, market: Market, vectors: Vectors, end: np.datetime64) -> int:
-    """Index of the first session at which every asset of the target valid there has a usable price; S where none has, yet."""
+    """Index of the first session at which every asset of the target valid there has a usable price; S where it is too early to tell.
+
+    Raises MissingPrice, or InvalidPrice, when they all have had bars before a session, and yet none can be traded at: bars beside the
+    valuation times, for example of another calendar, would leave a portfolio waiting in silence for ever.
+    """
     sessions = market.sessions
     candidates = np.flatnonzero(np.isin(sessions.closes, market.grid) & (sessions.closes <= end))
     target = vectors.valid_at(sessions.closes[candidates], configuration.signal.maximum_forward_fill)
     rows = np.searchsorted(market.grid, sessions.closes[candidates])
     prices = market.prices[rows][:, market.columns(vectors.assets)]
     ready = (target >= 0) & ((vectors.weights[target] == 0) | (np.isfinite(prices) & (prices > 0))).all(axis=1)
-    return int(candidates[ready.argmax()]) if ready.any() else len(sessions.closes)
+    if ready.any():
+        return int(candidates[ready.argmax()])
+    due = (target >= 0) & (sessions.closes[candidates] >= _priced_from(market, vectors))
+    if due.any():
+        row = int(rows[due.argmax()])
+        wanted = vectors.weights[target[due.argmax()]] != 0
+        _bars(market, vectors.assets, slice(row, row + 1)).require(wanted[None, :], configuration.identifier)
+    return len(sessions.closes)
 
 
 def _events(

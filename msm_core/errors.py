@@ -105,7 +105,7 @@ class StorageNotPrepared(MsmError):
 
 class StorageMismatch(MsmError):
     message = (
-        "table {table} is not what is declared: {differences}. Nothing was changed: it may hold somebody's data. "
+        "not as declared: {differences}. Nothing was done about it: the table may hold somebody's data. "
         "Put it right by hand, or rename or drop it and run `msm-ray prepare`."
     )
 
@@ -153,6 +153,16 @@ class SourceConflict(MsmError):
         "{source} is registered already with {differences}. Replace it if that was wrong (--replace, replace=True), "
         "then recompute what reads it with --full-refresh."
     )
+
+
+class UnusableFile(MsmError):
+    message = "{file}: {why}."
+
+
+class LoadRefused(MsmError):
+    """Rows of a file that cannot be loaded; `errors` holds the first of them as {"row", "asset", "time", "column", "reason"}."""
+
+    message = "{file}: {count} errors, so nothing was loaded. The first: {first}."
 
 
 class CalendarNotFound(MsmError):

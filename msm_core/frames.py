@@ -18,6 +18,7 @@ Floats = np.ndarray  # float64
 DAY = np.timedelta64(1, "D")
 TICK = np.timedelta64(1, "us")  # the resolution of stored times
 NEVER = np.datetime64("NaT", "us")
+BEGINNING = datetime.min.replace(tzinfo=UTC)  # before every bar
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,6 @@
-"""All SQL on time-indexed tables: the catalogue, scoped reads, progress, appends. Set-based: no statement per portfolio, asset or day.
+"""All SQL on the time-indexed tables that this system writes, prices apart: scoped reads, progress, appends.
+
+Set-based: no statement per portfolio, asset or day.
 
 Progress belongs to (storage, scope), in `DataNodeUpdate`; `max(time_index)` is never asked of a whole table. A change of progress is
 a compare-and-set on `epoch` in the same transaction as the rows (design.md section 7, lab/reliability.md section 3).
@@ -7,7 +9,7 @@ a compare-and-set on `epoch` in the same transaction as the rows (design.md sect
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from functools import cached_property
 
 import numpy as np
@@ -15,8 +17,8 @@ from psycopg import sql
 from sqlalchemy import Connection
 
 from msm_core.copying import Block, concatenate, copy_in, execute, fetch
-from msm_core.errors import ProgressConflict, SourceUnusable, StorageNotPrepared
-from msm_core.frames import LastTrade, Series, SignalRows, to_datetime, utc
+from msm_core.errors import ProgressConflict, StorageNotPrepared
+from msm_core.frames import LastTrade, SignalRows, to_datetime, utc
 from msm_core.identity import node_uid
 from msm_core.models import (
     LOADED_NAMESPACE,
@@ -29,50 +31,11 @@ from msm_core.models import (
     PortfolioWeightsStorage,
     SignalWeightsStorage,
     StorageTable,
-    TimeIndexMetaTable,
 )
 from msm_core.rows import document, upsert_rows
 from msm_core.sessions import Sessions
 
-NUMERIC_TYPES = {"double precision", "real", "numeric", "smallint", "integer", "bigint"}
-BEGINNING = datetime.min.replace(tzinfo=UTC)
-
-# -- catalogue ----------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Source:
-    """A price storage as the catalogue knows it.
-
-    kind        prices: somebody else's; interpolated_prices: made by this system, under the policy in `components`
-    cadence     length of a bar, `1d`; None = not told
-    columns     name -> type of its live table
-    readable    this role may select
-    """
-
-    uid: uuid.UUID
-    identifier: str
-    table: str
-    kind: str
-    cadence: str | None
-    time_label: str
-    components: Mapping[str, str]
-    columns: Mapping[str, str]
-    readable: bool
-
-    @property
-    def margin(self) -> timedelta:
-        """How long before it becomes known a bar may be stamped: one labelled by its date, in any time zone."""
-        return timedelta(days=2) if self.time_label == "session_date" else timedelta(0)
-
-    @property
-    def is_inside(self) -> bool:
-        """Written by this very system: read in the claiming transaction, and by nobody's snapshot."""
-        return self.kind == "interpolated_prices"
-
-    @property
-    def numeric(self) -> list[str]:
-        return sorted(name for name, type_ in self.columns.items() if type_.split("(")[0] in NUMERIC_TYPES)
+# -- what there is ------------------------------------------------------------------------------------------------------------
 
 
 def verify_prepared(connection: Connection, tables: Iterable[type[MetaTable]] | None = None) -> None:
@@ -82,19 +45,6 @@ def verify_prepared(connection: Connection, tables: Iterable[type[MetaTable]] | 
     missing = sorted(name for (name,) in fetch(connection, statement, {"names": names}))
     if missing:
         raise StorageNotPrepared(tables=", ".join(missing))
-
-
-def read_sources(connection: Connection, uids: Iterable[uuid.UUID]) -> dict[uuid.UUID, Source]:
-    """Catalogue entries by uid; those that are not registered, or whose table does not exist, are absent."""
-    statement = sql.SQL("""
-        SELECT m.uid, m.identifier, m.physical_table_name, m.kind, m.cadence, m.time_label, m.identity_components,
-               jsonb_object_agg(a.attname, format_type(a.atttypid, a.atttypmod)), has_table_privilege(a.attrelid, 'SELECT')
-        FROM {catalogue} m
-        CROSS JOIN LATERAL (SELECT array_agg(quote_ident(n)) FROM unnest(string_to_array(m.physical_table_name, '.')) n) p(parts)
-        JOIN pg_attribute a ON a.attrelid = CASE WHEN cardinality(p.parts) <= 2 THEN to_regclass(array_to_string(p.parts, '.')) END
-        WHERE m.uid = ANY(%(uids)s) AND a.attnum > 0 AND NOT a.attisdropped GROUP BY m.uid, a.attrelid
-    """).format(catalogue=_name(TimeIndexMetaTable))
-    return {row[0]: Source(*row) for row in fetch(connection, statement, {"uids": list(uids)})}
 
 
 def known_assets(connection: Connection, assets: Iterable[str]) -> set[str]:
@@ -136,47 +86,6 @@ def read_sessions(connection: Connection, uids: Iterable[uuid.UUID]) -> dict[uui
         uid: Sessions(name, dates.astype("datetime64[D]"), opens, closes, np.datetime64(first), np.datetime64(last), zone)
         for uid, name, first, last, zone, dates, opens, closes in fetch(connection, statement, {"uids": list(uids)})
     }
-
-
-# -- prices -------------------------------------------------------------------------------------------------------------------
-
-
-def price_coverage(
-    connection: Connection, source: Source, column: str, assets: Sequence[str], as_of: datetime
-) -> dict[str, tuple[datetime, datetime]]:
-    """First and last bar time per asset with a value in `column`, up to `as_of`; an asset without bars is absent."""
-    edge = sql.SQL("""
-        (SELECT p.time_index FROM {table} p
-         WHERE p.asset_identifier = a.asset AND p.time_index > '-infinity' AND p.time_index <= %(as_of)s AND p.{column} IS NOT NULL
-         ORDER BY p.time_index {direction} LIMIT 1)""")
-    parts = {"table": foreign_name(*source.table.split(".")), "column": foreign_name(column)}
-    statement = sql.SQL("SELECT a.asset, {first}, {last} FROM unnest(%(assets)s::text[]) a(asset)").format(
-        first=edge.format(direction=sql.SQL("ASC"), **parts), last=edge.format(direction=sql.SQL("DESC"), **parts)
-    )
-    found = fetch(connection, statement, {"assets": list(assets), "as_of": as_of})
-    return {asset: (first, last) for asset, first, last in found if first is not None}
-
-
-def read_prices(
-    connection: Connection, source: Source, column: str, assets: Sequence[str], since: datetime | None, through: datetime
-) -> dict[str, Series]:
-    """Bars with since <= time <= through, one array row per asset. A null price is no bar. Raises SourceUnusable for duplicate bars."""
-    volume = "coalesce(p.volume::float8, 'NaN')" if "volume" in source.numeric else "'NaN'::float8"
-    statement = sql.SQL("""
-        SELECT a.asset, s.times, s.prices, s.volumes FROM unnest(%(assets)s::text[]) a(asset) CROSS JOIN LATERAL (
-            SELECT array_agg(q.time_index), array_agg(q.price), array_agg(q.volume) FROM (
-                SELECT p.time_index, p.{column}::float8 AS price, {volume} AS volume FROM {table} p
-                WHERE p.asset_identifier = a.asset AND p.time_index >= %(since)s AND p.time_index <= %(through)s AND p.{column} IS NOT NULL
-                ORDER BY p.time_index) q) s(times, prices, volumes)
-        WHERE s.times IS NOT NULL
-    """).format(column=foreign_name(column), volume=sql.SQL(volume), table=foreign_name(*source.table.split(".")))
-    found = fetch(connection, statement, {"assets": list(assets), "since": since or BEGINNING, "through": through})
-    series = {asset: Series(*arrays) for asset, *arrays in found}
-    for asset, bars in series.items():
-        if not (np.diff(bars.times) > np.timedelta64(0)).all():
-            why = f"{asset} has two bars at one time; make (time_index, asset_identifier) unique"
-            raise SourceUnusable(source=source.identifier, why=why)
-    return series
 
 
 # -- signals, weights, values -------------------------------------------------------------------------------------------------
@@ -346,8 +255,3 @@ def _move_progress(connection: Connection, advances: Sequence[Advance], run_uid:
 
 def _name(table: type[MetaTable]) -> sql.Identifier:
     return sql.Identifier(table.__tablename__)
-
-
-def foreign_name(*parts: str) -> sql.Identifier:
-    """A name chosen by others, quoted part by part; psycopg takes a percent sign for a placeholder even inside quotes."""
-    return sql.Identifier(*(part.replace("%", "%%") for part in parts))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from sqlalchemy import Engine
 
 from msm_core.configuration import PortfolioConfiguration
@@ -16,13 +17,19 @@ from msm_core.data_nodes.planning import read_world
 from msm_core.data_nodes.registration import read_configurations
 from msm_core.database import get_engine, transaction
 from msm_core.errors import (
+    CalendarNotFound,
     ConfigurationError,
     DatabaseNotConfigured,
+    EmptySchedule,
     InvalidNamespace,
     MsmError,
     RunNotFound,
     SelectionError,
+    SourceConflict,
+    SourceNotRegistered,
+    SourceUnusable,
     StorageNotPrepared,
+    UnusableFile,
 )
 from msm_core.storage import verify_prepared
 from msm_core.verification import checksum as compute_checksum
@@ -30,6 +37,7 @@ from msm_core.verification import verify as verify_storages
 from msm_ray import ledger
 from msm_ray import prepare as preparation
 from msm_ray.cli_db import db_app
+from msm_ray.cli_prices import prices_app, sources_app
 from msm_ray.console import Output, OutputOption, configure_logging, emit_json, emit_table, err, narrate, out, watching
 from msm_ray.executors import make_executor
 from msm_ray.fleet import fleet_json_schema, load_fleet
@@ -39,7 +47,10 @@ from msm_ray.session import choose_portfolios, connect, own_server, parse_as_of
 from msm_ray.store import store_fleet, stored_price_sources
 
 EXIT_CRASH, EXIT_USAGE, EXIT_PARTIAL, EXIT_PENDING = 1, 2, 3, 10
-USAGE_ERRORS = (ConfigurationError, SelectionError, DatabaseNotConfigured, InvalidNamespace, StorageNotPrepared, RunNotFound)
+USAGE_ERRORS = (
+    *(ConfigurationError, SelectionError, DatabaseNotConfigured, InvalidNamespace, StorageNotPrepared, RunNotFound),
+    *(SourceNotRegistered, SourceUnusable, SourceConflict, UnusableFile, CalendarNotFound, EmptySchedule),
+)
 
 app = typer.Typer(
     name="msm-ray",
@@ -50,6 +61,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(db_app, name="db")
+app.add_typer(sources_app, name="sources")
+app.add_typer(prices_app, name="prices")
 
 
 class ExecutorName(StrEnum):
@@ -81,7 +94,7 @@ def main() -> None:
         facts = failure_facts(error)
         if any(argument in ("json", "--output=json", "-ojson") for argument in sys.argv):
             emit_json({"error": facts})
-        err.print(f"[red]error:[/red] {facts['message']}", highlight=False, markup=True, soft_wrap=True)
+        err.print(f"[red]error:[/red] {escape(facts['message'])}", highlight=False, markup=True, soft_wrap=True)
         sys.exit(EXIT_USAGE if isinstance(error, USAGE_ERRORS) else EXIT_CRASH)
 
 
@@ -179,7 +192,7 @@ def _show_prepared(done: preparation.Preparation, stored: int | None, output: Ou
         for name in done.repaired:
             out.print(f"Cadence of {name} was missing in the catalogue; it is now what the model declares.", highlight=False)
         for problem in done.problems:
-            err.print(f"[red]not prepared:[/red] {problem}", highlight=False, soft_wrap=True)
+            err.print(f"[red]not prepared:[/red] {escape(problem)}", highlight=False, soft_wrap=True)
     if done.problems:
         raise typer.Exit(EXIT_PARTIAL)
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import structlog
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -55,7 +56,7 @@ def _redacted(_logger: Any, _method: str, event: Any) -> Any:
 
 def narrate(text: str) -> None:
     """One step of a longer command, on stderr."""
-    err.print(f"[green]•[/green] {text}", highlight=False)
+    err.print(f"[green]•[/green] {escape(text)}", highlight=False)
 
 
 def emit_json(document: Mapping[str, Any]) -> None:
@@ -67,7 +68,7 @@ def emit_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]
     for name in columns:
         table.add_column(name, overflow="fold")
     for row in rows:
-        table.add_row(*("" if value is None else str(value) for value in row))
+        table.add_row(*("" if value is None else escape(str(value)) for value in row))  # a name may look like markup
     out.print(table)
 
 

@@ -54,7 +54,7 @@ def load(engine: Engine, narrate: Narrate) -> None:
     if calendar is None or not (calendar.valid_from <= FIRST and calendar.valid_to >= LAST):
         calendar = Calendar.create_from_pandas_calendar("NYSE", CALENDAR, "New York Stock Exchange", FIRST, LAST)
     narrate(f"calendar {CALENDAR}: sessions {calendar.valid_from} to {calendar.valid_to}")
-    Asset.upsert_many([{"unique_identifier": ticker, "asset_type": "equity"} for ticker in wide])
+    Asset.upsert_many([{"unique_identifier": ticker, "asset_type": "equity", "calendar_uid": calendar.uid} for ticker in wide])
     closes = {s.local_date: s.closes_at for s in CalendarSession.filter(calendar_uid=calendar.uid)}
     stamps = pd.DatetimeIndex([closes[day.date()] for day in wide.index])
     long = wide.set_axis(stamps, axis=0).rename_axis("time_index").melt(ignore_index=False, var_name="asset_identifier", value_name="close")

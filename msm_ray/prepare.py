@@ -38,7 +38,8 @@ from msm_core.identity import identity, physical_name
 from msm_core.models import LOADED_NAMESPACE, STORAGES, MetaTable, StorageTable, TimeIndexMetaTable
 from msm_core.models.base import Identifier
 from msm_core.rows import upsert_rows
-from msm_core.storage import Source, read_sources, reset_progress
+from msm_core.sources import Source, read_sources
+from msm_core.storage import reset_progress
 
 LOCK_KEY = int(identity({"kind": "prepare_lock", "namespace": LOADED_NAMESPACE})[:15], 16)  # 60 bits: fits bigint, never python's hash()
 LOCK_SECONDS = 120
@@ -184,10 +185,12 @@ def _lock(engine: Engine) -> Iterator[None]:
 def _catalogue_static(connection: Connection) -> list[str]:
     """Rows of the static storages; returns those whose cadence was missing. One that is there is the truth, whatever the model says."""
     repaired = _without_cadence(connection)
-    statement = sql.SQL("SELECT identifier, cadence, time_label FROM {}").format(sql.Identifier(CATALOGUE))
-    stored = {name: {"cadence": cadence, "time_label": label} for name, cadence, label in fetch(connection, statement, {})}
+    statement = sql.SQL("SELECT identifier, cadence, time_label, description FROM {}").format(sql.Identifier(CATALOGUE))
+    told = {
+        name: dict(zip(("cadence", "time_label", "description"), facts, strict=True)) for name, *facts in fetch(connection, statement, {})
+    }
     rows = [_catalogue_row(storage) for storage in STORAGES]
-    kept = [row | {n: v for n, v in stored.get(str(row["identifier"]), {}).items() if v is not None} for row in rows]
+    kept = [row | {n: v for n, v in told.get(str(row["identifier"]), {}).items() if v is not None} for row in rows]
     upsert_rows(connection, TimeIndexMetaTable, kept, key=("identifier",))
     return repaired
 

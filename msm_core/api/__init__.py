@@ -7,6 +7,7 @@ from msm_core.api.indexes import Index, IndexType
 from msm_core.api.market_metadata import RebalanceStrategyMetadata, SignalMetadata
 from msm_core.api.portfolios import Portfolio, PortfolioGroup, PortfolioMetadata
 from msm_core.api.runtime import Runtime, one_transaction, start_engine
+from msm_core.api.sources import get_source, list_sources, register_source
 
 __all__ = [
     "Asset",
@@ -24,6 +25,9 @@ __all__ = [
     "Row",
     "Runtime",
     "SignalMetadata",
+    "get_source",
+    "list_sources",
     "one_transaction",
+    "register_source",
     "start_engine",
 ]

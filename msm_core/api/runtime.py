@@ -87,9 +87,9 @@ def one_transaction(*models: Model) -> Iterator[Connection]:
 
 
 def _static_models() -> list[Model]:
-    """The tables of this package; storages that `prepare` derives at run time are attached by naming their class."""
+    """The tables of this package; storages that `prepare` derives at run time have a MetaData of their own."""
     models = [mapper.class_ for mapper in MetaTable.registry.mappers]
-    return sorted((m for m in models if m.__module__.startswith("msm_core.models.")), key=lambda m: m.__concept__)
+    return sorted((m for m in models if m.__table__.metadata is MetaTable.metadata), key=lambda m: m.__concept__)
 
 
 def _resolved(selector: str | type) -> Model:

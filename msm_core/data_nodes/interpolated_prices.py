@@ -30,7 +30,8 @@ from msm_core.identity import Spec, identity
 from msm_core.interpolation import InterpolationRule
 from msm_core.models import InterpolatedPricesStorage
 from msm_core.signals.base import AssetIdentifier, sorted_unique
-from msm_core.storage import Scope, Source, read_sources
+from msm_core.sources import Source, grain_problems, read_sources
+from msm_core.storage import Scope
 
 AssetList = Annotated[tuple[AssetIdentifier, ...], AfterValidator(lambda assets: sorted_unique(assets, "asset_list"))]
 
@@ -129,6 +130,7 @@ def _scope(storage: type[InterpolatedPricesStorage], asset: str) -> Scope:
 class InterpolatedAsset(BaseModel):
     """The node that writes one asset of one interpolated storage.
 
+    calendar_uid               calendar of the asset; None = it trades around the clock
     watermark, expected_epoch  progress that the plan saw; a node that has moved since is reported busy
     replace                    compute from scratch and replace what is stored of the asset
     """
@@ -140,6 +142,7 @@ class InterpolatedAsset(BaseModel):
     upsample_frequency_id: str
     intraday_bar_interpolation_rule: InterpolationRule
     asset_identifier: str
+    calendar_uid: uuid.UUID | None = None
     watermark: AwareDatetime | None = None
     replace: bool = False
     expected_epoch: int | None = None
@@ -160,6 +163,11 @@ class InterpolatedAsset(BaseModel):
     @property
     def scopes(self) -> tuple[Scope, ...]:
         return (_scope(self.storage, self.asset_identifier),)
+
+    @property
+    def configuration_hash(self) -> str:
+        """What its rows are computed by: the policy of the storage, and the asset's calendar."""
+        return identity({"kind": "interpolated_asset", **self.storage.__metatable_extra_hash_components__, "calendar": self.calendar_uid})
 
     @property
     def source_key(self) -> SourceKey:
@@ -225,6 +233,8 @@ def resolve_sources(connection: Connection, price_sources: Iterable[PriceSource]
             sources[key] = SourceNotRegistered(source=str(price_source.source_uid), known=known)
         elif price_source.policy is None:
             sources[key] = source
+        elif wrong := grain_problems(source.columns, source.readable):
+            sources[key] = SourceUnusable(source=source.identifier, why=wrong[0])
         else:
             try:
                 storages[key] = storage_of(price_source, source)
@@ -236,7 +246,7 @@ def resolve_sources(connection: Connection, price_sources: Iterable[PriceSource]
 
 
 def _checked(storage: type[InterpolatedPricesStorage], found: Source | None) -> Source | MsmError:
-    if found is None:
+    if found is None or not found.columns:
         return StorageNotPrepared(tables=storage.__tablename__)
     if dict(found.components) != storage.__metatable_extra_hash_components__:
         return StorageCollision(storage=found.identifier, stored=dict(found.components), given=storage.__metatable_extra_hash_components__)

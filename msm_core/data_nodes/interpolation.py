@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from uuid import UUID
 
 import numpy as np
 from sqlalchemy import Connection
@@ -12,13 +13,13 @@ from msm_core.copying import Block, Text
 from msm_core.data_nodes.base import input_digest
 from msm_core.data_nodes.calendars import resolve_calendars
 from msm_core.data_nodes.interpolated_prices import InterpolatedAsset
-from msm_core.errors import MsmError, SourceNotRegistered, StateLost, UnknownAssets
+from msm_core.errors import CalendarNotFound, MsmError, SourceNotRegistered, StateLost
 from msm_core.frames import parse_frequency, to_datetime, utc
 from msm_core.interpolation import CODE_VERSION, NUMBERS, Policy, PriceBars, interpolate
 from msm_core.models import InterpolatedPricesStorage
 from msm_core.sessions import Sessions
-from msm_core.sources import read_asset_calendars, read_bars, read_carry
-from msm_core.storage import Advance, ProgressRows, Source, read_sessions, read_sources
+from msm_core.sources import Source, read_bars, read_carry, read_sources
+from msm_core.storage import Advance, ProgressRows, read_sessions
 
 AROUND_THE_CLOCK = "24/7"  # calendar of an asset that names none
 
@@ -57,9 +58,9 @@ class PricesKind:
     name: str = "prices"
 
     def read_outside(self, connection: Connection, nodes: Sequence[InterpolatedAsset], as_of: datetime) -> Outside:
-        """Statements: four, one more per storage, and two more for assets that trade around the clock."""
+        """Statements: two, one more per storage, and two more for assets that trade around the clock."""
         sources = read_sources(connection, {n.source_time_index_meta_table_uid for n in nodes})
-        sessions = _asset_sessions(connection, sorted({n.asset_identifier for n in nodes}), as_of)
+        sessions = _node_sessions(connection, nodes, as_of)
         groups: list[Group] = []
         errors: dict[str, MsmError] = {}
         for _, members in _by_storage(nodes).items():
@@ -68,13 +69,13 @@ class PricesKind:
                 uid = str(members[0].source_time_index_meta_table_uid)
                 errors |= {n.identifier: SourceNotRegistered(source=uid, known="none of this batch") for n in members}
                 continue
-            usable: dict[str, list[InterpolatedAsset]] = defaultdict(list)
+            usable: dict[UUID | None, list[InterpolatedAsset]] = defaultdict(list)
             for node in members:
-                found = sessions[node.asset_identifier]
+                found = sessions[node.calendar_uid]
                 if isinstance(found, MsmError):
                     errors[node.identifier] = found
                 else:
-                    usable[found.calendar].append(node)
+                    usable[node.calendar_uid].append(node)
             groups += _read_groups(connection, source, list(usable.values()), sessions, as_of)
         return Outside(groups, errors, as_of)
 
@@ -116,7 +117,7 @@ class PricesKind:
                 epoch=progress[scope.uid].epoch,
                 watermark=to_datetime(rows.bars.times[-1]),
                 row_count=count + (0 if node.replace else progress[scope.uid].row_count),
-                configuration_hash=node.storage.logical_name(),
+                configuration_hash=node.configuration_hash,
                 code_version=CODE_VERSION,
                 input_digest=rows.input_digest,
                 block=_block(node.asset_identifier, rows.bars),
@@ -135,18 +136,15 @@ def _by_storage(nodes: Sequence[InterpolatedAsset]) -> dict[type[InterpolatedPri
     return groups
 
 
-def _asset_sessions(connection: Connection, assets: Sequence[str], as_of: datetime) -> dict[str, Sessions | MsmError]:
-    """The sessions that each asset trades in, or why they are not known."""
-    calendars = read_asset_calendars(connection, assets)
-    stored = read_sessions(connection, {uid for uid in calendars.values() if uid is not None})
-    always = resolve_calendars(connection, [AROUND_THE_CLOCK], as_of) if None in calendars.values() else {}
-    found: dict[str, Sessions | MsmError] = {}
-    for asset in assets:
-        uid = calendars.get(asset)
-        if asset not in calendars:
-            found[asset] = UnknownAssets(owner="prices", assets=asset)
-        else:
-            found[asset] = always[AROUND_THE_CLOCK] if uid is None else stored[uid]
+def _node_sessions(connection: Connection, nodes: Sequence[InterpolatedAsset], as_of: datetime) -> dict[UUID | None, Sessions | MsmError]:
+    """The sessions of each calendar that assets trade in, or why they are not known."""
+    uids = {n.calendar_uid for n in nodes}
+    stored = read_sessions(connection, [uid for uid in uids if uid is not None])
+    found: dict[UUID | None, Sessions | MsmError] = {
+        uid: stored.get(uid, CalendarNotFound(calendar=str(uid))) for uid in uids if uid is not None
+    }
+    if None in uids:
+        found[None] = resolve_calendars(connection, [AROUND_THE_CLOCK], as_of)[AROUND_THE_CLOCK]
     return found
 
 
@@ -154,7 +152,7 @@ def _read_groups(
     connection: Connection,
     source: Source,
     groups: Sequence[Sequence[InterpolatedAsset]],
-    sessions: Mapping[str, Sessions | MsmError],
+    sessions: Mapping[UUID | None, Sessions | MsmError],
     as_of: datetime,
 ) -> list[Group]:
     """The bars of all groups in one statement: the assets of a calendar lie side by side in it."""
@@ -165,7 +163,7 @@ def _read_groups(
     for group in groups:
         assert bars is not None
         rows = slice(*np.searchsorted(bars.asset, [begin, begin + len(group)]).tolist())
-        calendar = sessions[group[0].asset_identifier]
+        calendar = sessions[group[0].calendar_uid]
         assert isinstance(calendar, Sessions)
         made.append(Group(group, source, calendar, bars.part(rows, begin)))
         begin += len(group)

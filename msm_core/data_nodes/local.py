@@ -6,14 +6,14 @@ from datetime import datetime
 from sqlalchemy import Engine
 
 from msm_core.data_nodes.base import Batch, NodeResult, update_batch
-from msm_core.data_nodes.interpolated_prices import InterpolatedAsset, InterpolatedPrices
+from msm_core.data_nodes.interpolated_prices import InterpolatedAsset, InterpolatedPrices, resolve_sources
 from msm_core.data_nodes.interpolation import PricesKind
 from msm_core.data_nodes.planning import NodePlan, new_scopes, plan_portfolio, plan_prices, plan_signal, read_world, with_prices
 from msm_core.data_nodes.portfolios import PortfolioKind, PortfoliosDataNode
 from msm_core.data_nodes.registration import register_portfolios
 from msm_core.data_nodes.signals import SignalKind, SignalWeights
 from msm_core.database import exported_snapshot, get_engine, transaction
-from msm_core.errors import ConfigurationError, MsmError, NodeFailed, UnknownAssets
+from msm_core.errors import ConfigurationError, MsmError, NodeFailed, StorageNotPrepared, UnknownAssets
 from msm_core.models import SignalWeightsStorage
 from msm_core.storage import Scope, ensure_progress, verify_prepared
 
@@ -22,8 +22,12 @@ def run_portfolio(node: PortfoliosDataNode, as_of: datetime | None, update_tree:
     """Register the portfolio, bring its signal up to date if `update_tree`, then itself. Raises NodeFailed, StorageNotPrepared."""
     engine, configuration = get_engine(), node.portfolio_configuration
     as_of = as_of or _now(engine)
-    with engine.begin() as connection:
+    with transaction(engine, read_only=True) as connection:
         verify_prepared(connection)
+        source = resolve_sources(connection, [configuration.price_source]).sources[configuration.price_source.key]
+        if isinstance(source, StorageNotPrepared):
+            raise source
+    with engine.begin() as connection:
         register_portfolios(connection, [configuration])
     with exported_snapshot(engine) as snapshot:
         with transaction(engine, read_only=True) as connection:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Generic, Literal, TypeVar
+from uuid import UUID
 
 from sqlalchemy import Connection
 
@@ -23,14 +24,14 @@ from msm_core.interpolation import CODE_VERSION as PRICES_CODE_VERSION
 from msm_core.models import SignalWeightsStorage
 from msm_core.signals import CODE_VERSION as SIGNAL_CODE_VERSION
 from msm_core.signals import Signal
-from msm_core.storage import Progress, ProgressRows, Scope, Source, known_assets, last_trades, price_coverage, read_progress
+from msm_core.sources import Source, grain_problems, price_coverage, read_asset_calendars
+from msm_core.storage import Progress, ProgressRows, Scope, last_trades, read_progress
 from msm_core.valuation import CODE_VERSION as PORTFOLIO_CODE_VERSION
 
 Reason = Literal[
     "new", "configuration changed", "code changed", "full refresh", "inputs advanced", "previous failure", "up to date", "invalid"
 ]
 NodeT = TypeVar("NodeT", InterpolatedAsset, SignalWeights, PortfoliosDataNode)
-TEXT_TYPES = {"text", "character varying"}
 SESSION_LENGTH_MAX = timedelta(days=2)  # from the stamp of a bar to the close of its session, in any time zone
 Bounds = Mapping[str, tuple[datetime, datetime]]  # first and last bar per asset
 
@@ -57,6 +58,7 @@ class World:
     """What the plan of a fleet is decided from, all of it read in a fixed number of statements.
 
     needed     assets of each portfolio: its universe, what it holds, its override asset
+    assets     those of them that are registered, and the calendar of each; None = it trades around the clock
     coverage   of the prices that are read, by (source, column); where they are interpolated, of what is stored
     originals  of the bars that interpolated prices are made from, by their key
     """
@@ -65,7 +67,7 @@ class World:
     held: Mapping[str, tuple[str, ...]]
     needed: Mapping[str, set[str]]
     resolved: Resolved
-    assets: set[str]
+    assets: Mapping[str, UUID | None]
     coverage: Mapping[tuple[SourceKey, str], Bounds]
     originals: Mapping[SourceKey, Bounds]
 
@@ -92,7 +94,7 @@ def read_world(
     scopes = [s for c in configurations for s in (*portfolio_scopes(c), Scope(SignalWeightsStorage, c.signal_uid))]
     scopes += [Scope(resolved.storages[key], asset) for key, assets in interpolated.items() for asset in assets]
     progress = read_progress(connection, {s.uid for s in scopes})
-    known = known_assets(connection, {a for names in (*needed.values(), *interpolated.values()) for a in names})
+    known = read_asset_calendars(connection, sorted({a for names in (*needed.values(), *interpolated.values()) for a in names}))
     coverage: dict[tuple[SourceKey, str], Bounds] = {}
     for (key, column), names in wanted.items():
         source = resolved.sources[key]
@@ -109,7 +111,7 @@ def plan_prices(world: World, as_of: datetime, full_refresh: bool) -> list[NodeP
     return [
         _plan_asset(world, key, asset, bounds[asset][1], as_of, full_refresh)
         for key, bounds in world.originals.items()
-        for asset in sorted(bounds.keys() & world.assets)
+        for asset in sorted(bounds.keys() & world.assets.keys())
     ]
 
 
@@ -119,24 +121,28 @@ def _plan_asset(
     storage = world.resolved.storages[key]
     before = world.progress.get(Scope(storage, asset).uid)
     watermark = before.watermark if before else None
+    node = InterpolatedAsset(
+        **storage.__metatable_extra_hash_components__,  # type: ignore[arg-type] - text that pydantic reads
+        asset_identifier=asset,
+        calendar_uid=world.assets[asset],
+        watermark=watermark,
+        expected_epoch=before.epoch if before else 0,
+    )
     if before is None or watermark is None:
         reason: Reason = "new"
     elif full_refresh:
         reason = "full refresh"
+    elif before.configuration_hash != node.configuration_hash:
+        reason = "configuration changed"  # the asset has another calendar now
     elif before.code_version != PRICES_CODE_VERSION:
         reason = "code changed"
     elif newest > watermark:
         reason = "inputs advanced"
     else:
-        return NodePlan(f"{storage.logical_name()}/{asset}", "up to date", None, watermark, watermark)
-    node = InterpolatedAsset(
-        **storage.__metatable_extra_hash_components__,  # type: ignore[arg-type] - text that pydantic reads
-        asset_identifier=asset,
-        watermark=watermark,
-        replace=reason in ("full refresh", "code changed"),
-        expected_epoch=before.epoch if before else 0,
-    )
-    return NodePlan(node.identifier, reason, node, node.since, as_of)
+        return NodePlan(node.identifier, "up to date", None, watermark, watermark)
+    if rebuilt := reason not in ("new", "inputs advanced"):
+        node = node.model_copy(update={"replace": True})
+    return NodePlan(node.identifier, reason, node, None if rebuilt else watermark, as_of)
 
 
 def new_scopes(plans: Iterable[NodePlan[InterpolatedAsset]]) -> list[Scope]:
@@ -244,15 +250,12 @@ def _source_error(configuration: PortfolioConfiguration, resolved: Resolved) -> 
     source, column = resolved.sources[configuration.price_source.key], configuration.price_column
     if isinstance(source, MsmError):
         return source
-    wrong = [
-        (not source.readable, "this database role may not read it; GRANT SELECT on it"),
-        (source.columns.get("asset_identifier", "").split("(")[0] not in TEXT_TYPES, "its asset_identifier must be a text column"),
-        (source.columns.get("time_index") != "timestamp with time zone", "its time_index must be a timestamp with time zone"),
-        (column not in source.numeric, f"it has no numeric column {column!r}, only {', '.join(source.numeric)}; set price_column"),
-        (configuration.rebalance.needs_volume and "volume" not in source.numeric, f"{configuration.rebalance.kind} needs a volume column"),
-    ]
-    why = next((reason for is_wrong, reason in wrong if is_wrong), None)
-    return SourceUnusable(source=source.identifier, why=why) if why else None
+    wrong = grain_problems(source.columns, source.readable)
+    if column not in source.numeric:
+        wrong.append(f"it has no numeric column {column!r}, only {', '.join(source.numeric)}; set price_column")
+    if configuration.rebalance.needs_volume and "volume" not in source.numeric:
+        wrong.append(f"{configuration.rebalance.kind} needs a volume column")
+    return SourceUnusable(source=source.identifier, why=wrong[0]) if wrong else None
 
 
 Limit = tuple[datetime, str]  # an end of the window, and what sets it: an asset, "signal" or "as of"

@@ -19,19 +19,17 @@ from msm_core.data_nodes.calendars import resolve_calendars
 from msm_core.data_nodes.interpolated_prices import resolve_sources
 from msm_core.data_nodes.signals import SignalWeights
 from msm_core.errors import MsmError, StateLost, UnknownAssets
-from msm_core.frames import TICK, LastTrade, Series, to_datetime, utc
+from msm_core.frames import BEGINNING, TICK, LastTrade, Series, to_datetime, utc
 from msm_core.models import PortfolioIndexValuesStorage, PortfoliosStorage, PortfolioTable, PortfolioWeightsStorage, SignalWeightsStorage
 from msm_core.sessions import Sessions
 from msm_core.signals import Vectors
+from msm_core.sources import Source, read_prices
 from msm_core.storage import (
-    BEGINNING,
     Advance,
     ProgressRows,
     Scope,
-    Source,
     known_assets,
     last_trades,
-    read_prices,
     read_progress,
     read_signal_weights,
     read_values,

@@ -19,9 +19,7 @@ class TimeIndexMetaTable(RegistryTable):
     identifier: Mapped[str] = column(Identifier(), "logical identifier, namespace included", unique=True)
     namespace: Mapped[str] = column(String(31), "namespace, empty for the default one", server_default="", default="")
     physical_table_name: Mapped[str] = column(Identifier(), "table in the database, schema-qualified where it needs to be")
-    kind: Mapped[str] = column(
-        String(64), "prices, interpolated_prices, signal_weights, portfolio_weights, portfolios or portfolio_index"
-    )
+    kind: Mapped[str] = column(String(64), "prices, interpolated_prices, signal_weights, portfolio_weights, portfolios or portfolio_index")
     cadence: Mapped[str | None] = column(String(16), "length of a bar: 1d, 5m; null where rows come as they come")
     time_label: Mapped[str] = column(
         String(16), "close: a bar is stamped at its end; session_date: at 00:00 of its local date", server_default="close", default="close"

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from sqlalchemy import Engine
 
-from msm_core import storage
+from msm_core import frames, sources, storage
 from msm_core.database import transaction
 from msm_core.errors import SourceUnusable, StorageNotPrepared
 from msm_core.models import ExternalPricesStorage, PortfoliosStorage, SignalWeightsStorage
@@ -63,8 +63,8 @@ def catalogue(engine: Engine, table: str, identifier: str = "Foreign", time_labe
     return uid
 
 
-def one_source(connection, uid: uuid.UUID) -> storage.Source:
-    return storage.read_sources(connection, [uid])[uid]
+def one_source(connection, uid: uuid.UUID) -> sources.Source:
+    return sources.read_sources(connection, [uid])[uid]
 
 
 # -- the catalogue ----------------------------------------------------------------------------------------------------------------
@@ -89,11 +89,12 @@ def test_our_own_price_storage_is_in_the_catalogue(connection):  # R14
     assert set(source.numeric) == {"open", "high", "low", "close", "volume", "trade_count", "vwap"}
 
 
-def test_unknown_sources_are_absent(engine):
+def test_an_unknown_source_is_absent_and_a_vanished_one_has_no_columns(engine):
     vanished = catalogue(engine, "nowhere.prices")
     with engine.connect() as connection:
-        assert storage.read_sources(connection, [uuid.uuid4(), vanished]) == {}
-        assert storage.read_sources(connection, []) == {}
+        found = sources.read_sources(connection, [uuid.uuid4(), vanished])
+        assert {uid: (source.columns, source.readable) for uid, source in found.items()} == {vanished: ({}, False)}
+        assert sources.read_sources(connection, []) == {}
 
 
 FOREIGN_NAMES = {
@@ -113,7 +114,7 @@ def test_any_table_name_is_quoted_part_by_part(engine, name, schema, table):  # 
     uid = catalogue(engine, name)
     with engine.connect() as connection:
         source = one_source(connection, uid)
-        prices = storage.read_prices(connection, source, "close", ["A"], None, t("2024-02-01"))
+        prices = sources.read_prices(connection, source, "close", ["A"], None, t("2024-02-01"))
         assert prices["A"].values.tolist() == [7.0]
     assert factories.sql(engine, "SELECT to_regclass('msm__asset') IS NOT NULL") == [(True,)]
 
@@ -122,7 +123,7 @@ def test_any_table_name_is_quoted_part_by_part(engine, name, schema, table):  # 
 def test_a_name_that_is_no_table_of_prices_hurts_nobody_else(engine, name):
     good, bad = EXTERNAL, catalogue(engine, name)
     with engine.connect() as connection:
-        assert good in storage.read_sources(connection, [good, bad])
+        assert good in sources.read_sources(connection, [good, bad])
 
 
 # -- prices -----------------------------------------------------------------------------------------------------------------------
@@ -138,35 +139,35 @@ def bars(engine: Engine) -> Engine:
 
 
 @pytest.fixture
-def source(bars: Engine) -> storage.Source:
+def source(bars: Engine) -> sources.Source:
     with bars.connect() as connection:
         return one_source(connection, EXTERNAL)
 
 
 def test_coverage_is_per_asset_column_and_as_of(connection, source):
     through = t("2024-01-31")
-    found = storage.price_coverage(connection, source, "close", ["B", "A", "ghost"], through)
+    found = sources.price_coverage(connection, source, "close", ["B", "A", "ghost"], through)
     assert found == {"A": (t("2024-01-02 21:00"), t("2024-01-05 21:00")), "B": (t("2024-01-03 21:00"), t("2024-01-05 21:00"))}
     # a null is no bar: vwap was published on the first two days only
-    found = storage.price_coverage(connection, source, "vwap", ["A", "B"], through)
+    found = sources.price_coverage(connection, source, "vwap", ["A", "B"], through)
     assert found == {"A": (t("2024-01-02 21:00"), t("2024-01-03 21:00")), "B": (t("2024-01-03 21:00"), t("2024-01-03 21:00"))}
-    assert storage.price_coverage(connection, source, "open", ["A"], through) == {}
+    assert sources.price_coverage(connection, source, "open", ["A"], through) == {}
     # as_of is included
-    assert storage.price_coverage(connection, source, "close", ["A"], t("2024-01-04 21:00"))["A"][1] == t("2024-01-04 21:00")
-    assert storage.price_coverage(connection, source, "close", ["A"], t("2024-01-04 20:59"))["A"][1] == t("2024-01-03 21:00")
-    assert storage.price_coverage(connection, source, "close", ["A"], t("2024-01-01")) == {}
-    assert storage.price_coverage(connection, source, "close", [], through) == {}
+    assert sources.price_coverage(connection, source, "close", ["A"], t("2024-01-04 21:00"))["A"][1] == t("2024-01-04 21:00")
+    assert sources.price_coverage(connection, source, "close", ["A"], t("2024-01-04 20:59"))["A"][1] == t("2024-01-03 21:00")
+    assert sources.price_coverage(connection, source, "close", ["A"], t("2024-01-01")) == {}
+    assert sources.price_coverage(connection, source, "close", [], through) == {}
 
 
 def test_prices_within_both_bounds(connection, source):
-    found = storage.read_prices(connection, source, "close", ["A", "B", "ghost"], t("2024-01-03 21:00"), t("2024-01-05 21:00"))
+    found = sources.read_prices(connection, source, "close", ["A", "B", "ghost"], t("2024-01-03 21:00"), t("2024-01-05 21:00"))
     assert sorted(found) == ["A", "B"]
     assert found["A"].times.tolist() == [x.item() for x in us("2024-01-03T21", "2024-01-04T21", "2024-01-05T21")]
     assert found["A"].values.tolist() == [11.0, 12.0, 13.0]
     assert found["A"].volumes.tolist() == [1100.0, 1200.0, 1300.0]
     assert found["B"].values.tolist() == [21.0, 23.0]
-    assert storage.read_prices(connection, source, "close", ["A"], t("2024-01-05 21:01"), t("2024-12-31")) == {}
-    assert storage.read_prices(connection, source, "close", [], None, t("2024-12-31")) == {}
+    assert sources.read_prices(connection, source, "close", ["A"], t("2024-01-05 21:01"), t("2024-12-31")) == {}
+    assert sources.read_prices(connection, source, "close", [], None, t("2024-12-31")) == {}
 
 
 def test_what_the_table_says_is_passed_on(bars, source):
@@ -177,7 +178,7 @@ def test_what_the_table_says_is_passed_on(bars, source):
         )
     factories.sql(bars, "INSERT INTO msm__external_prices (asset_identifier, time_index, vwap) VALUES ('C', '2024-01-20', 1)")
     with bars.connect() as connection:
-        found = storage.read_prices(connection, source, "close", ["C"], None, t("2024-12-31"))["C"]
+        found = sources.read_prices(connection, source, "close", ["C"], None, t("2024-12-31"))["C"]
     np.testing.assert_array_equal(found.values, [np.nan, np.inf, -3.0, 0.0])
     assert np.isnan(found.volumes).all()
 
@@ -188,9 +189,9 @@ def test_infinite_timestamps_are_no_bars_and_stop_nobody(bars, source):
         bars, "INSERT INTO msm__external_prices (asset_identifier, time_index, close) VALUES ('A','-infinity',1), ('A','infinity',1)"
     )
     with bars.connect() as connection:
-        found = storage.price_coverage(connection, source, "close", ["A"], t("2024-12-31"))
+        found = sources.price_coverage(connection, source, "close", ["A"], t("2024-12-31"))
         assert found == {"A": (t("2024-01-02 21:00"), t("2024-01-05 21:00"))}
-        assert len(storage.read_prices(connection, source, "close", ["A"], None, t("2024-12-31"))["A"].times) == 4
+        assert len(sources.read_prices(connection, source, "close", ["A"], None, t("2024-12-31"))["A"].times) == 4
 
 
 def test_hostile_identifiers_are_values(engine):
@@ -199,9 +200,9 @@ def test_hostile_identifiers_are_values(engine):
     factories.register_assets(engine, HOSTILE)
     with engine.connect() as connection:
         source = one_source(connection, EXTERNAL)
-        found = storage.read_prices(connection, source, "close", HOSTILE, None, t("2024-12-31"))
+        found = sources.read_prices(connection, source, "close", HOSTILE, None, t("2024-12-31"))
         assert {name: bars.values.tolist() for name, bars in found.items()} == {name: [i + 1.0] for i, name in enumerate(HOSTILE)}
-        assert set(storage.price_coverage(connection, source, "close", HOSTILE, t("2024-12-31"))) == set(HOSTILE)
+        assert set(sources.price_coverage(connection, source, "close", HOSTILE, t("2024-12-31"))) == set(HOSTILE)
         assert storage.known_assets(connection, [*HOSTILE, "B", "é!"]) == set(HOSTILE)
 
 
@@ -214,8 +215,8 @@ def test_a_hostile_column_name_is_quoted(engine):
     with engine.connect() as connection:
         source = one_source(connection, uid)
         assert source.numeric == [name]
-        assert storage.price_coverage(connection, source, name, ["A"], t("2024-12-31"))["A"][0] == t("2024-01-02 21:00")
-        assert storage.read_prices(connection, source, name, ["A"], None, t("2024-12-31"))["A"].values.tolist() == [3.0]
+        assert sources.price_coverage(connection, source, name, ["A"], t("2024-12-31"))["A"][0] == t("2024-01-02 21:00")
+        assert sources.read_prices(connection, source, name, ["A"], None, t("2024-12-31"))["A"].values.tolist() == [3.0]
 
 
 # -- a table that somebody else made ------------------------------------------------------------------------------------------------
@@ -241,15 +242,15 @@ def test_a_foreign_table_is_a_source(engine, foreign):  # R32, R36
     with engine.connect() as connection:
         source = one_source(connection, foreign)
         assert (source.identifier, source.numeric) == ("VendorEod", ["lots", "settle"])
-        coverage = storage.price_coverage(connection, source, "settle", ["A", "B"], t("2024-12-31"))
+        coverage = sources.price_coverage(connection, source, "settle", ["A", "B"], t("2024-12-31"))
         assert coverage["A"] == (t("2024-01-02 21:00"), t("2024-01-03 21:00"))
-        found = storage.read_prices(connection, source, "settle", ["A", "B"], None, t("2024-12-31"))
+        found = sources.read_prices(connection, source, "settle", ["A", "B"], None, t("2024-12-31"))
     assert found["A"].times.tolist() == [x.item() for x in us("2024-01-02T21", "2024-01-03T21")]
     assert found["A"].values.tolist() == [10.125, 11.25]
     assert found["B"].values.tolist() == [float("99999999999999.9999")]
     assert np.isnan(found["A"].volumes).all()  # R37
     with engine.connect() as connection:
-        assert storage.read_prices(connection, source, "lots", ["A"], None, t("2024-12-31"))["A"].values.tolist() == [5.0, 6.0, 0.0]
+        assert sources.read_prices(connection, source, "lots", ["A"], None, t("2024-12-31"))["A"].values.tolist() == [5.0, 6.0, 0.0]
 
 
 def test_a_portfolio_lives_on_a_foreign_table(engine, foreign):  # R32, R37
@@ -269,8 +270,8 @@ def test_two_bars_at_one_time_are_refused(engine, foreign):
     with engine.connect() as connection:
         source = one_source(connection, foreign)
         with pytest.raises(SourceUnusable, match="VendorEod: A has two bars at one time"):
-            storage.read_prices(connection, source, "settle", ["A", "B"], None, t("2024-12-31"))
-        assert "B" in storage.read_prices(connection, source, "settle", ["B"], None, t("2024-12-31"))
+            sources.read_prices(connection, source, "settle", ["A", "B"], None, t("2024-12-31"))
+        assert "B" in sources.read_prices(connection, source, "settle", ["B"], None, t("2024-12-31"))
 
 
 UNUSABLE = {
@@ -336,16 +337,16 @@ def test_the_vector_before_the_window_is_read_though_another_lies_inside(engine)
     assert read("01 00:00", "02 00:00") == {}
     assert read("06 00:00", "08 00:00", "s", "other", "ghost") == {"s": {"05": d05}, "other": {"07": {"Z": 1.0}}}  # R75
     with engine.connect() as connection:
-        everything = storage.read_signal_weights(connection, ["s"], storage.BEGINNING, t("2024-12-31"))
+        everything = storage.read_signal_weights(connection, ["s"], frames.BEGINNING, t("2024-12-31"))
         assert sorted(vectors_of(everything["s"])) == ["02", "05", "10", "15"]
-        assert storage.read_signal_weights(connection, [], storage.BEGINNING, t("2024-12-31")) == {}
+        assert storage.read_signal_weights(connection, [], frames.BEGINNING, t("2024-12-31")) == {}
 
 
 def test_assets_of_a_vector_come_in_bytewise_order(engine):
     assets = ["Z", "a", "B", "é", "_", "🚀", "é"]
     store_vectors(engine, "s", d02=dict.fromkeys(assets, 1.0))
     with engine.connect() as connection:
-        rows = storage.read_signal_weights(connection, ["s"], storage.BEGINNING, t("2024-12-31"))["s"]
+        rows = storage.read_signal_weights(connection, ["s"], frames.BEGINNING, t("2024-12-31"))["s"]
     assert rows.assets == sorted(set(assets))
     assert [a.encode() for a in rows.assets] == sorted(a.encode() for a in set(assets))
 

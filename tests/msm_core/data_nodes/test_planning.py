@@ -15,7 +15,8 @@ from msm_core.data_nodes.interpolated_prices import Resolved
 from msm_core.data_nodes.planning import World, plan_portfolio, plan_signal
 from msm_core.data_nodes.portfolios import portfolio_scopes
 from msm_core.models import ExternalPricesStorage, SignalWeightsStorage
-from msm_core.storage import Progress, Scope, Source
+from msm_core.sources import Source
+from msm_core.storage import Progress, Scope
 from msm_ray.plan import make_plan
 from tests import factories
 from tests.factories import equal, fixed, instant, portfolio, run, schedule
@@ -321,7 +322,7 @@ def world(
     source = replace(SOURCE, time_label=label)
     key = (SOURCE.uid, None)
     resolved = Resolved({key: source}, {}, {})
-    return World(progress, {"p": held}, {}, resolved, {*last, *held}, {(key, "close"): coverage}, {})
+    return World(progress, {"p": held}, {}, resolved, dict.fromkeys([*last, *held]), {(key, "close"): coverage}, {})
 
 
 P = portfolio("p", equal("A", "B"))
@@ -341,7 +342,7 @@ WINDOWS = [
 @pytest.mark.parametrize(("watermark", "last", "as_of", "expected"), WINDOWS)
 def test_windows(watermark, last, as_of, expected):
     known = world(watermark, P if watermark else None, **last)
-    known.assets.update(("A", "B"))
+    known.assets.update({"A": None, "B": None})
     planned = plan_portfolio(P, known, instant(as_of), full_refresh=False)
     assert (planned.end, planned.limited_by, planned.reason) == (instant(expected[0]), *expected[1:])
     assert (planned.node is None) == (planned.reason == "up to date")
@@ -366,7 +367,7 @@ def test_signals_are_planned_from_their_own_progress():
     own = Scope(SignalWeightsStorage, signal.uid).uid
 
     def planned(progress: dict) -> tuple:
-        found = plan_signal(signal, World(progress, {}, {}, Resolved({}, {}, {}), set(), {}, {}), instant("2024-01-31"), full_refresh=False)
+        found = plan_signal(signal, World(progress, {}, {}, Resolved({}, {}, {}), {}, {}, {}), instant("2024-01-31"), full_refresh=False)
         return found.reason, found.start, found.end
 
     later = Progress(other, instant("2024-06-01"), 9, 1, "x", planning.SIGNAL_CODE_VERSION)
