@@ -480,6 +480,14 @@ def test_an_unusable_price_does_not_start_a_portfolio(bad):
     assert started(series, vectors_of((EVER, {"A": 0.5, "B": 0.5})), "01-05") == close_to(_01_04=1.0, _01_05=1.05)
 
 
+def test_bars_that_never_meet_a_session_are_told_and_not_waited_for():
+    # B has bars from Tuesday on, always an hour after the close: the first session after its first bar is Wednesday's
+    late = Series(daily(1, 50, 51, 52).times + np.timedelta64(1, "h"), np.array([50.0, 51.0, 52.0]), np.full(3, np.nan))
+    series = {"A": daily(0, *[10.0] * 10), "B": late}
+    with pytest.raises(MissingPrice, match="no close of B at 2024-01-03"):
+        started(series, vectors_of((EVER, {"A": 0.5, "B": 0.5})), "01-05")
+
+
 def test_an_asset_of_weight_zero_is_not_waited_for():
     series = {"A": daily(0, 10, 11, 11, 11, 11), "B": daily(3, 50, 55)}
     got = started(series, vectors_of((EVER, {"A": 1.0, "B": 0.0})), "01-05")
