@@ -1,7 +1,7 @@
 """Interpolation of price bars, pure: from the bars of a source to one bar per slot of each asset's calendar, without gaps.
 
 1. The sessions of a calendar are cut into slots of the source's cadence, anchored at the open; a daily slot is the session.
-2. Every bar is put into its slot. One that has no place is refused by name; one of a day without a session is left out.
+2. Every bar is put into its slot. One that has no place is refused by name; one of a day, or hours, without a session is left out.
 3. From the slot after the watermark, or the first bar ever, to the last bar, a slot without a bar is filled from the one before.
 4. Slots are merged into the disjoint buckets of a coarser frequency; only a bucket that is reached to its end is given out.
 
@@ -9,7 +9,7 @@ All assets of a calendar go through each step together: a loop over bars or asse
 assets, so a batch cannot reach the numbers; and what a later window needs of an earlier one is the last row given out, no more.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Literal
@@ -161,22 +161,23 @@ def _grid(sessions: Sessions, begin: int, bars: PriceBars, policy: Policy) -> _G
 def _slots(bars: PriceBars, grid: _Grid, sessions: Sessions, begin: int, policy: Policy, faults: "_Faults") -> np.ndarray:
     """(R,) slot of each bar; -1 for one that is left out: it lies on a day, or in hours, without a session."""
     if policy.time_label == "session_date":
-        row = np.searchsorted(sessions.dates, dates := sessions.labelled_dates(bars.times))
-        return np.where(np.isin(dates, sessions.dates) & (row >= begin), row - begin, -1)
-    slot = np.searchsorted(grid.ends, bars.times, "left")
-    inside = slot < len(grid.ends)
-    inside[inside] = bars.times[inside] > grid.starts[slot[inside]]
-    if policy.is_daily:  # one bar stands for its whole day: one beside the session of its day is stamped wrongly
-        outside = ~inside
-        outside[outside] = np.isin(sessions.to_local(bars.times[outside]).astype("datetime64[D]"), sessions.dates)
-        for row in faults.first_rows(bars, outside):
-            faults.misplaced(bars, row)
+        dates = sessions.labelled_dates(bars.times)
+        inside = np.isin(dates, sessions.dates)
+        slot = np.searchsorted(sessions.dates, dates) - begin
     else:
-        off = inside.copy()
-        off[inside] = grid.ends[slot[inside]] != bars.times[inside]
-        for row in faults.first_rows(bars, off):
-            faults.off_grid(bars, row)
-    return np.where(inside, slot, -1)
+        slot = np.searchsorted(grid.ends, bars.times, "left")
+        inside = slot < len(grid.ends)
+        inside[inside] = bars.times[inside] > grid.starts[slot[inside]]
+        dates = np.full(len(slot), sessions.valid_from)  # of the others; these are in the calendar
+        dates[~inside] = sessions.to_local(bars.times[~inside]).astype("datetime64[D]")
+        if policy.is_daily:  # one bar stands for its whole day: one beside the session of its day is stamped wrongly
+            faults.each(faults.misplaced, bars, ~inside & np.isin(dates, sessions.dates))
+        else:
+            off = inside.copy()
+            off[inside] = grid.ends[slot[inside]] != bars.times[inside]
+            faults.each(faults.off_grid, bars, off)
+    faults.each(faults.beyond_calendar, bars, ~inside & ((dates < sessions.valid_from) | (dates > sessions.valid_to)))
+    return np.where(inside & (slot >= 0), slot, -1)
 
 
 def _window(asset: np.ndarray, slot: np.ndarray, after: np.ndarray, fresh: np.ndarray, grid: _Grid) -> tuple[np.ndarray, np.ndarray]:
@@ -240,18 +241,17 @@ def _merged(bars: PriceBars, place: np.ndarray, carry: Carry, grid: _Grid) -> Pr
     observed = ~(padded | bars.interpolated[part])
     for name in COUNTS:
         unknown = (observed & np.isnan(parts[name])).any(axis=1) & ~(observed & ~np.isnan(parts[name])).any(axis=1)
-        numbers[name] = np.where(unknown, np.nan, ordered_sum(np.nan_to_num(parts[name])))
+        numbers[name] = np.where(unknown, np.nan, ordered_sum(_or_zero(parts[name])))
     numbers["vwap"] = _merged_vwap(parts, made, bars.asset[starts], carry)
-    open_times = bars.open_times[part]
-    open_times[padded] = NEVER
-    return PriceBars(bars.asset[starts], bars.times[stops - 1], numbers, _first_known(open_times), made)
+    return PriceBars(bars.asset[starts], bars.times[stops - 1], numbers, bars.open_times[starts], made)
 
 
 def _merged_vwap(parts: Mapping[str, Floats], made: np.ndarray, asset: np.ndarray, carry: Carry) -> Floats:
-    weight = np.where(np.isnan(parts["vwap"]), 0.0, np.nan_to_num(parts["volume"]))
+    weight = np.where(np.isnan(parts["vwap"]), 0.0, _or_zero(parts["volume"]))
     total = ordered_sum(weight)
-    traded = ordered_sum(weight * np.nan_to_num(parts["vwap"]))
-    vwap = np.where(total > 0, traded / np.where(total > 0, total, 1.0), np.nan)
+    with np.errstate(invalid="ignore"):  # of an infinite volume nothing can be told
+        traded = ordered_sum(weight * _or_zero(parts["vwap"]))
+        vwap = np.where(total > 0, traded / np.where(total > 0, total, 1.0), np.nan)
     recent = np.maximum.accumulate(np.where(made, -1, np.arange(len(made))))
     own = recent >= 0
     own[own] = asset[recent[own]] == asset[own]
@@ -263,10 +263,13 @@ def _at(column: np.ndarray, rows: np.ndarray, absent: object = np.nan) -> np.nda
     return column[rows] if len(column) else np.full(len(rows), absent, column.dtype)
 
 
+def _or_zero(parts: Floats) -> Floats:
+    return np.where(np.isnan(parts), 0.0, parts)
+
+
 def _first_known(parts: np.ndarray) -> np.ndarray:
     """(B,) the first of each row (B, P) that is not null, null where all are."""
-    known = ~np.isnan(parts) if parts.dtype.kind == "f" else ~np.isnat(parts)
-    return np.take_along_axis(parts, known.argmax(axis=1)[:, None], axis=1)[:, 0]
+    return np.take_along_axis(parts, (~np.isnan(parts)).argmax(axis=1)[:, None], axis=1)[:, 0]
 
 
 # -- errors -------------------------------------------------------------------------------------------------------------------
@@ -278,6 +281,11 @@ class _Faults:
     def __init__(self, assets: Sequence[str], policy: Policy, sessions: Sessions) -> None:
         self.assets, self.policy, self.sessions = assets, policy, sessions
         self.errors: dict[int, MsmError] = {}
+
+    def each(self, note: Callable[[PriceBars, int], None], bars: PriceBars, bad: np.ndarray) -> None:
+        """Note the first bad bar of each asset that has some."""
+        for row in self.first_rows(bars, bad):
+            note(bars, row)
 
     def first_rows(self, bars: PriceBars, bad: np.ndarray) -> list[int]:
         """The first bad bar of each asset that has some."""
@@ -293,6 +301,10 @@ class _Faults:
 
     def facts(self, bars: PriceBars, row: int, time: Any) -> dict[str, str]:
         return {"source": self.policy.source, "asset": self.assets[int(bars.asset[row])], "time": iso(time)}
+
+    def beyond_calendar(self, bars: PriceBars, row: int) -> None:
+        asset = self.assets[int(bars.asset[row])]
+        self.add(bars, row, self.sessions.out_of_range(iso(bars.times[row]), f"a bar of {asset}"))
 
     def misplaced(self, bars: PriceBars, row: int) -> None:
         sessions = self.sessions
@@ -324,7 +336,7 @@ def _require_values(bars: PriceBars, slot: np.ndarray, due: np.ndarray, grid: _G
     """One bar per slot, and a close that is finite and above 0."""
     rows = np.flatnonzero(due)
     repeated, unusable = np.zeros(len(due), bool), np.zeros(len(due), bool)
-    repeated[rows[1:]] = (slot[rows[1:]] == slot[rows[:-1]]) & (bars.asset[rows[1:]] == bars.asset[rows[:-1]])
+    repeated[rows[1:]] = (slot[rows[1:]] <= slot[rows[:-1]]) & (bars.asset[rows[1:]] == bars.asset[rows[:-1]])
     for row in faults.first_rows(bars, repeated):
         facts = faults.facts(bars, row, grid.ends[slot[row]])
         faults.add(bars, row, RepeatedBar(**facts, cadence=format_frequency(faults.policy.cadence)))

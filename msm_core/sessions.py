@@ -35,9 +35,9 @@ class Sessions:
     def require(self, start: np.datetime64, end: np.datetime64) -> None:
         """Raises CalendarRangeError when the window (UTC) leaves the calendar's range, EmptySchedule when it holds no session at all."""
         if end < start:
-            raise CalendarRangeError(**self._range(), needed=f"{iso(start)}..{iso(end)}", why="the range is reversed")
+            raise self.out_of_range(f"{iso(start)}..{iso(end)}", "the range is reversed")
         if not self.covers(start, end):
-            raise CalendarRangeError(**self._range(), needed=f"{iso(start)}..{iso(end)}", why="the update window")
+            raise self.out_of_range(f"{iso(start)}..{iso(end)}", "the update window")
         if len(self.closes) == 0:
             raise EmptySchedule(calendar=self.calendar, start=iso(start), end=iso(end))
 
@@ -79,11 +79,14 @@ class Sessions:
         known = self.valid_to >= last_date
         if not known and through >= len(self.dates) - 1:
             why = f"whether {self.dates[-1]} ends its {period} depends on later sessions"
-            raise CalendarRangeError(**self._range(), needed=f"{last_date}", why=why)
+            raise self.out_of_range(str(last_date), why)
         return np.append(label[1:] != label[:-1], known)
 
-    def _range(self) -> dict[str, str]:
-        return {"calendar": self.calendar, "valid_from": str(self.valid_from), "valid_to": str(self.valid_to)}
+    def out_of_range(self, needed: str, why: str) -> CalendarRangeError:
+        """The error that names the calendar and its range."""
+        return CalendarRangeError(
+            calendar=self.calendar, valid_from=str(self.valid_from), valid_to=str(self.valid_to), needed=needed, why=why
+        )
 
 
 def _period_label(dates: np.ndarray, period: Period) -> np.ndarray:
