@@ -9,7 +9,7 @@ from pathlib import Path
 from urllib.parse import quote, unquote
 
 import psycopg
-from sqlalchemy import URL, Connection, Engine, NullPool, create_engine, make_url
+from sqlalchemy import URL, Connection, Engine, create_engine, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
@@ -114,11 +114,6 @@ def _engine(url: str) -> Engine:
         hide_parameters=True,
         connect_args={"prepare_threshold": None, "connect_timeout": 10, "application_name": "msm"},
     )
-
-
-def unpooled(engine: Engine) -> Engine:
-    """The same database by connections of its own: one that is kept for long must not be missing in the pool."""
-    return create_engine(engine.url, poolclass=NullPool, hide_parameters=True, connect_args={"prepare_threshold": None})
 
 
 def check_server(engine: Engine) -> None:

@@ -212,6 +212,13 @@ class MisplacedBar(MsmError):
     )
 
 
+class MislabelledBar(MsmError):
+    message = (
+        "{source}: the bar of {asset} at {time} is stamped at no midnight, of UTC or of {timezone}. A source with time label session_date "
+        "stamps each bar at 00:00 of its date; correct it, or register the source with time label close."
+    )
+
+
 class BarOffGrid(MsmError):
     message = (
         "{source}: the bar of {asset} at {time} is off the {cadence} grid of {calendar}, whose session opens at {opens}. "

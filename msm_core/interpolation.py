@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from msm_core.errors import BarOffGrid, InvalidPrice, MisplacedBar, MsmError, PriceGap, RepeatedBar
+from msm_core.errors import BarOffGrid, InvalidPrice, MislabelledBar, MisplacedBar, MsmError, PriceGap, RepeatedBar
 from msm_core.frames import DAY, NEVER, Floats, Times, format_frequency, iso, ordered_sum
 from msm_core.sessions import Sessions
 
@@ -162,6 +162,7 @@ def _slots(bars: PriceBars, grid: _Grid, sessions: Sessions, begin: int, policy:
     """(R,) slot of each bar; -1 for one that is left out: it lies on a day, or in hours, without a session."""
     if policy.time_label == "session_date":
         dates = sessions.labelled_dates(bars.times)
+        faults.each(faults.mislabelled, bars, sessions.labels_of(dates, bars.times) != bars.times)
         inside = np.isin(dates, sessions.dates)
         slot = np.searchsorted(sessions.dates, dates) - begin
     else:
@@ -175,9 +176,17 @@ def _slots(bars: PriceBars, grid: _Grid, sessions: Sessions, begin: int, policy:
         else:
             off = inside.copy()
             off[inside] = grid.ends[slot[inside]] != bars.times[inside]
-            faults.each(faults.off_grid, bars, off)
+            faults.each(faults.off_grid, bars, off | (~inside & _begins_inside(bars.times - np.timedelta64(policy.cadence), grid)))
     faults.each(faults.beyond_calendar, bars, ~inside & ((dates < sessions.valid_from) | (dates > sessions.valid_to)))
     return np.where(inside & (slot >= 0), slot, -1)
+
+
+def _begins_inside(starts: Times, grid: _Grid) -> np.ndarray:
+    """(R,) whether a bar that ends after a session begins within it: it is no bar of the hours after, but a part of it is."""
+    slot = np.searchsorted(grid.ends, starts, "right")
+    inside = slot < len(grid.ends)
+    inside[inside] = starts[inside] >= grid.starts[slot[inside]]
+    return inside
 
 
 def _window(asset: np.ndarray, slot: np.ndarray, after: np.ndarray, fresh: np.ndarray, grid: _Grid) -> tuple[np.ndarray, np.ndarray]:
@@ -305,6 +314,9 @@ class _Faults:
     def beyond_calendar(self, bars: PriceBars, row: int) -> None:
         asset = self.assets[int(bars.asset[row])]
         self.add(bars, row, self.sessions.out_of_range(iso(bars.times[row]), f"a bar of {asset}"))
+
+    def mislabelled(self, bars: PriceBars, row: int) -> None:
+        self.add(bars, row, MislabelledBar(**self.facts(bars, row, bars.times[row]), timezone=self.sessions.timezone))
 
     def misplaced(self, bars: PriceBars, row: int) -> None:
         sessions = self.sessions

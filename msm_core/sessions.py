@@ -57,6 +57,14 @@ class Sessions:
         utc_dates = times.astype("datetime64[D]")
         return np.where(times == utc_dates, utc_dates, self.to_local(times).astype("datetime64[D]"))
 
+    def labels_of(self, dates: np.ndarray, times: Times) -> Times:
+        """`times` as `session_date` stamps of `dates` must be: 00:00 of the date, of UTC or, where they are not, of the zone."""
+        midnights = dates.astype("datetime64[us]")
+        off = times != midnights
+        labels = times.copy()
+        labels[off] += midnights[off] - self.to_local(times[off])
+        return labels
+
     def valuation_times(self, frequency: timedelta) -> Times:
         """Session closes for a frequency of a day; else every `open + k * frequency` inside each session, and its close."""
         if frequency >= timedelta(days=1):

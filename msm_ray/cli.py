@@ -28,6 +28,8 @@ from msm_core.errors import (
     SourceConflict,
     SourceNotRegistered,
     SourceUnusable,
+    StorageCollision,
+    StorageMismatch,
     StorageNotPrepared,
     UnusableFile,
 )
@@ -50,6 +52,7 @@ EXIT_CRASH, EXIT_USAGE, EXIT_PARTIAL, EXIT_PENDING = 1, 2, 3, 10
 USAGE_ERRORS = (
     *(ConfigurationError, SelectionError, DatabaseNotConfigured, InvalidNamespace, StorageNotPrepared, RunNotFound),
     *(SourceNotRegistered, SourceUnusable, SourceConflict, UnusableFile, CalendarNotFound, EmptySchedule),
+    *(StorageMismatch, StorageCollision),
 )
 
 app = typer.Typer(
@@ -177,8 +180,8 @@ def _show_pending(found: preparation.Preparation, output: Output) -> None:
         rows = [(what, name) for what, names in (facts | problems).items() for name in names]
         if rows:
             emit_table("To do: msm-ray prepare", ("what", "name"), rows)
-    if not found.is_clean:
-        raise typer.Exit(EXIT_PENDING)
+    if not found.is_clean or found.problems:
+        raise typer.Exit(EXIT_PARTIAL if found.is_clean else EXIT_PENDING)
 
 
 def _show_prepared(done: preparation.Preparation, stored: int | None, output: Output) -> None:

@@ -44,6 +44,7 @@ SHORTHANDS: dict[str, tuple[str, dict[str, Any]]] = {  # key -> the field it sta
     "universe": ("asset_list", {"type": "string"}),
     "weights": ("asset_unique_identifier_weights", {"type": "object", "additionalProperties": {"type": "number"}}),
 }
+SPELLED = {"upsample_frequency_id": "frequency", "intraday_bar_interpolation_rule": "rule", "asset_list": "assets"}
 UID = re.compile(r"(?i)[0-9a-f]{8}-?([0-9a-f]{4}-?){3}[0-9a-f]{12}")
 PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
 
@@ -103,11 +104,11 @@ class CalendarRequest(CalendarEntry):
 
 
 class Interpolation(Section):
-    """Bars without gaps, in a storage that `prepare` makes; `assets`: for these (a universe, or a list), not those that portfolios need."""
+    """Bars without gaps, in a storage that `prepare` makes; `assets`: a universe, or a list, instead of what the portfolios need."""
 
     frequency: str = Field(pattern=r"^[1-9]\d{0,5}[mhd]$")
     rule: InterpolationRule
-    assets: str | Universe | None = None
+    assets: Annotated[Any, AnyOf(tuple, names=True)] = None
 
 
 class PriceEntry(Section):
@@ -220,7 +221,8 @@ class _Loader:
         if isinstance(assets, str) and (assets := self._find("universe", assets, (*keys, "assets"))) is None:
             return None
         fields = {"upsample_frequency_id": policy["frequency"], "intraday_bar_interpolation_rule": policy["rule"], "asset_list": assets}
-        config = self.document.check(InterpolatedPricesConfig, {**fields, "source_price_instance": source}, keys, plain=False)
+        fields["source_price_instance"] = source
+        config = self.document.check(InterpolatedPricesConfig, fields, keys, SPELLED, plain=False)
         return config and InterpolatedPrices(interpolation_config=config)
 
     def _portfolios(self) -> Iterator[PortfolioConfiguration]:

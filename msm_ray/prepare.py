@@ -4,16 +4,17 @@
 2. The tables of the price policies that a fleet needs are derived from what the catalogue says of their sources, compared with the
    tables that are there, and made where they are missing - also when a catalogue row says that they exist: a row is not a table.
 
-The lock is held by a transaction of its own, which a pooler may put on any server connection. Tables are made in transactions of at most
-`TABLES_MAX`, each with its catalogue rows and the rendered operations, because every new table holds locks until its transaction ends.
-Killed at any point, the next `prepare` goes on. Workers never come here: they verify, and refuse with the command to run.
+Every transaction that looks and makes begins with the lock, so no lost connection lets two of them in at once. Tables are made in
+transactions of at most `TABLES_MAX`, with their catalogue rows and the rendered operations, because every new table holds locks until
+its transaction ends. Killed at any point, the next `prepare` goes on. Workers never come here: they verify, and refuse with the command
+to run.
 """
 
 import io
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,26 +27,27 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from psycopg import sql
 from sqlalchemy import Connection, Engine, MetaData, inspect
+from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import OperationalError
 
 import msm_core
 from msm_core.configuration import PriceSource, SourceKey
 from msm_core.copying import fetch
 from msm_core.data_nodes.interpolated_prices import storage_of
-from msm_core.database import check_server, sqlstate, unpooled
+from msm_core.database import check_server, sqlstate
 from msm_core.errors import MsmError, PrepareBusy, SourceNotRegistered, StorageCollision, StorageMismatch
 from msm_core.identity import identity, physical_name
 from msm_core.models import LOADED_NAMESPACE, STORAGES, MetaTable, StorageTable, TimeIndexMetaTable
 from msm_core.models.base import Identifier
 from msm_core.rows import upsert_rows
-from msm_core.sources import Source, read_sources
+from msm_core.sources import TIME_TYPE, Source, read_sources
 from msm_core.storage import reset_progress
 
 LOCK_KEY = int(identity({"kind": "prepare_lock", "namespace": LOADED_NAMESPACE})[:15], 16)  # 60 bits: fits bigint, never python's hash()
 LOCK_SECONDS = 120
 TABLES_MAX = 100  # per transaction: 64 locks per connection are the default, and a table takes four
 CATALOGUE = TimeIndexMetaTable.__tablename__
-DECLARED_TYPES = {"close": "double precision"}  # what a policy asks of a static storage that does not exist yet
+DECLARED_TYPES = {"asset_identifier": "text", "time_index": TIME_TYPE, "close": "double precision"}  # of a storage not made yet
 
 Storage = type[StorageTable]
 
@@ -80,18 +82,13 @@ def check(engine: Engine, price_sources: Iterable[PriceSource] = ()) -> Preparat
         static = pending_revisions(connection)
         wanted, problems = _wanted(connection, price_sources)
         found = _compare(connection, wanted)
-        missing = [name for name in MetaTable.metadata.tables if name not in present]
-        drifted = [] if static else _differences(_operations(connection, MetaTable.metadata))
         rows = _catalogued(connection, wanted) if CATALOGUE in present else {}
-        unmade = [s.__tablename__ for s in found.unmade]
-        unlisted = [s for s in wanted if s.logical_name() not in rows]
-        pending = [*static, *(s.__tablename__ for s in unlisted)]
-        missing += [name for name in unmade if name not in pending]
-        incomplete = [] if static else _without_cadence(connection)
+        unlisted = [s.__tablename__ for s in wanted if s.logical_name() not in rows]
+        incomplete = [] if static or CATALOGUE not in present else _without_cadence(connection)
         return Preparation(
-            pending=(*pending, *(f"cadence of {name}" for name in incomplete)),
-            drifted=(*drifted, *found.drifted),
-            missing=tuple(sorted(missing)),
+            pending=(*static, *unlisted, *(f"cadence of {name}" for name in incomplete)),
+            drifted=(*([] if static else _drift(connection, MetaTable.metadata)), *found.drifted),
+            missing=tuple(sorted({*MetaTable.metadata.tables} - present | {*found.creations} - {*unlisted})),
             problems=tuple(problems),
         )
 
@@ -100,26 +97,27 @@ def prepare(engine: Engine, price_sources: Iterable[PriceSource] = ()) -> Prepar
     """Bring the static schema to its head and make the tables that `price_sources` need.
 
     Idempotent; concurrent callers wait for each other and find nothing left to do. Everything that can be made is made first; then
-    raises StorageMismatch for tables that are not what is declared, StorageCollision; PrepareBusy after two minutes of waiting.
+    raises StorageCollision, or StorageMismatch for tables that are not what is declared; PrepareBusy after two minutes of waiting.
     """
     check_server(engine)
-    with _lock(engine):
-        with engine.begin() as connection:
-            static = pending_revisions(connection)
-            command.upgrade(alembic_config(connection), "head")
-            repaired = _catalogue_static(connection)
-        with engine.connect() as connection:
-            wanted, problems = _wanted(connection, price_sources)
-        made: list[str] = []
-        drifted: list[str] = []
-        for i in range(0, len(wanted), TABLES_MAX):
-            with engine.begin() as connection:
-                found = _compare(connection, wanted[i : i + TABLES_MAX])
-                made += _make(connection, found)
-                drifted += found.drifted
+    with _working(engine) as connection:
+        made = list(pending_revisions(connection))
+        command.upgrade(alembic_config(connection), "head")
+        made += _restore_static(connection)
+        repaired = _catalogue_static(connection)
+        wanted, problems = _wanted(connection, price_sources)
+    drifted: list[str] = []
+    collisions: list[StorageCollision] = []
+    for i in range(0, len(wanted), TABLES_MAX):
+        with _working(engine) as connection:
+            found = _compare(connection, wanted[i : i + TABLES_MAX])
+            made += _make(connection, found, collisions)
+            drifted += found.drifted
+    if collisions:
+        raise collisions[0]
     if drifted:
         raise StorageMismatch(differences="; ".join(drifted))
-    return Preparation((*static, *made), missing=check(engine).missing, repaired=tuple(repaired), problems=tuple(problems))
+    return Preparation(tuple(made), repaired=tuple(repaired), problems=tuple(problems))
 
 
 def ddl(engine: Engine, price_sources: Iterable[PriceSource] = ()) -> str:
@@ -165,18 +163,29 @@ def _before(revision: str) -> str:
     return str(parent or "base")
 
 
+def _restore_static(connection: Connection) -> list[str]:
+    """Make static tables that the chain has made and somebody has dropped; what was computed into them is to be computed again."""
+    operations = _operations(connection, MetaTable.metadata)
+    creations = {o.table_name: o for o in operations if isinstance(o, ops.CreateTableOp)}
+    indexes = [o for o in operations if isinstance(o, ops.ModifyTableOps) and o.table_name in creations]
+    for operation in [*creations.values(), *(inner for outer in indexes for inner in outer.ops)]:
+        Operations(MigrationContext.configure(connection)).invoke(operation)
+    reset_progress(connection, [s.logical_name() for s in STORAGES if s.__tablename__ in creations])
+    return list(creations)
+
+
 @contextmanager
-def _lock(engine: Engine) -> Iterator[None]:
-    """The lock of all preparers of this namespace, until the block ends or this process dies."""
-    with unpooled(engine).begin() as connection:
-        connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{LOCK_SECONDS}s'; SET LOCAL idle_in_transaction_session_timeout = 0")
-        try:
+def _working(engine: Engine) -> Iterator[Connection]:
+    """A transaction under the lock of all preparers of this namespace; it ends with the transaction, however that ends."""
+    try:
+        with engine.begin() as connection:
+            connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{LOCK_SECONDS}s'")  # an ALTER waits for running runs, too
             connection.exec_driver_sql("SELECT pg_advisory_xact_lock(%s)", (LOCK_KEY,))
-        except OperationalError as error:
-            if sqlstate(error) != "55P03":
-                raise
-            raise PrepareBusy(seconds=LOCK_SECONDS) from None
-        yield
+            yield connection
+    except OperationalError as error:
+        if sqlstate(error) != "55P03":
+            raise
+        raise PrepareBusy(seconds=LOCK_SECONDS) from None
 
 
 # -- catalogue ----------------------------------------------------------------------------------------------------------------
@@ -250,7 +259,9 @@ def _wanted(connection: Connection, price_sources: Iterable[PriceSource]) -> tup
         return [], []
     sources = _declared_sources()
     if inspect(connection).has_table(CATALOGUE):
-        sources |= read_sources(connection, {p.source_uid for p in interpolated.values()})
+        for uid, source in read_sources(connection, {p.source_uid for p in interpolated.values()}).items():
+            declared = sources.get(uid)
+            sources[uid] = replace(source, cadence=declared.cadence) if declared and source.cadence is None else source
     storages: dict[str, Storage] = {}
     problems = []
     for price_source in interpolated.values():
@@ -281,36 +292,47 @@ def _compare(connection: Connection, storages: Sequence[Storage]) -> Comparison:
     metadata = MetaData(naming_convention=MetaTable.metadata.naming_convention)
     for storage in storages:
         storage.__table__.to_metadata(metadata)  # type: ignore[attr-defined] - a Table, as every mapped class of ours has
-    operations = _operations(connection, metadata)
-    creations = {o.table_name: o for o in operations if isinstance(o, ops.CreateTableOp)}
-    keys = inspect(connection).get_multi_pk_constraint(filter_names=[s.__tablename__ for s in storages])
+    names = list(metadata.tables)
+    statement = sql.SQL(
+        "SELECT relname FROM pg_class WHERE relname = ANY(%(names)s) AND relkind NOT IN ('r', 'p') AND pg_table_is_visible(oid)"
+    )
+    others = {name for (name,) in fetch(connection, statement, {"names": names})}
+    creations = {o.table_name: o for o in _operations(connection, metadata) if isinstance(o, ops.CreateTableOp)}
+    keys = inspect(connection).get_multi_pk_constraint(filter_names=names)
     key_of = {table: constraint["constrained_columns"] for (_, table), constraint in keys.items() if constraint}
     wrong_keys = [
         f"{s.__tablename__}: its primary key is ({', '.join(key_of.get(s.__tablename__, []))}), not ({', '.join(s.key_columns())})"
         for s in storages
         if s.__tablename__ not in creations and key_of.get(s.__tablename__) != list(s.key_columns())
     ]
-    return Comparison(storages, creations, [*_differences(operations), *wrong_keys])
+    no_tables = [f"{name}: it is no table" for name in sorted(others)]
+    creations = {name: creation for name, creation in creations.items() if name not in others}
+    return Comparison(storages, creations, [*_drift(connection, metadata), *wrong_keys, *no_tables])
 
 
-def _make(connection: Connection, found: Comparison) -> list[str]:
+def _make(connection: Connection, found: Comparison, collisions: list[StorageCollision]) -> list[str]:
     """Make what is missing, with catalogue rows and the rendered operations, in the running transaction; returns what was made."""
     rows = _catalogued(connection, found.storages)
     drifted = {sentence.partition(":")[0] for sentence in found.drifted}
     context = MigrationContext.configure(connection)
     wanted: list[dict[str, object]] = []
+    made: list[Storage] = []
     for storage in found.storages:
         name, given = storage.logical_name(), _catalogue_row(storage)
         if name in rows and rows[name] != given["identity_components"]:
-            raise StorageCollision(storage=name, stored=rows[name], given=given["identity_components"])
+            collisions.append(StorageCollision(storage=name, stored=rows[name], given=given["identity_components"]))
+            continue
         if creation := found.creations.get(storage.__tablename__):
             Operations(context).invoke(creation)
             given["revision"] = _rendered(creation, context)
+            made.append(storage)
+        elif name not in rows:
+            made.append(storage)
         if storage.__tablename__ not in drifted:
             wanted.append(given)
     upsert_rows(connection, TimeIndexMetaTable, wanted, key=("identifier",))
-    reset_progress(connection, [s.logical_name() for s in found.unmade])  # of a table that was dropped
-    return [s.__tablename__ for s in found.storages if s.__tablename__ in found.creations or s.logical_name() not in rows]
+    reset_progress(connection, [s.logical_name() for s in made if s.__tablename__ in found.creations])  # of a table that was dropped
+    return [s.__tablename__ for s in made]
 
 
 def _operations(connection: Connection, metadata: MetaData) -> list[ops.MigrateOperation]:
@@ -325,13 +347,27 @@ def _operations(connection: Connection, metadata: MetaData) -> list[ops.MigrateO
     return list(script.upgrade_ops.ops)
 
 
-def _differences(operations: Iterable[ops.MigrateOperation]) -> list[str]:
-    """Columns and keys that differ. An index, a comment or a table of somebody's own is no harm."""
-    found = []
-    for operation in operations:
+def _drift(connection: Connection, metadata: MetaData) -> list[str]:
+    """In what the tables that exist differ: columns and keys. An index, a comment or a table of somebody's own is no harm."""
+    found = _collations(connection, metadata)
+    for operation in _operations(connection, metadata):
         if isinstance(operation, ops.ModifyTableOps):
             found += [f"{operation.table_name}: {text}" for inner in operation.ops if (text := _difference(inner))]
     return found
+
+
+def _collations(connection: Connection, metadata: MetaData) -> list[str]:
+    """Identifiers that are not compared bytewise, which Alembic does not compare: the order of sums over assets hangs on it."""
+    identifiers = {
+        (t.name, c.name): c.type.collation for t in metadata.tables.values() for c in t.columns if isinstance(c.type, Identifier)
+    }
+    live = inspect(connection).get_multi_columns(filter_names=list(metadata.tables))
+    return [
+        f"{table}: column {c['name']} is collated {collation or 'as the database is'}, not {identifiers[table, c['name']]}"
+        for (_, table), found in live.items()
+        for c in found
+        if (table, c["name"]) in identifiers and (collation := getattr(c["type"], "collation", None)) != identifiers[table, c["name"]]
+    ]
 
 
 def _difference(operation: ops.MigrateOperation) -> str | None:
@@ -341,7 +377,8 @@ def _difference(operation: ops.MigrateOperation) -> str | None:
         case ops.DropColumnOp():
             return f"it has a column {operation.column_name} beyond"
         case ops.AlterColumnOp(modify_type=type_) if type_ is not None:
-            return f"column {operation.column_name} is {operation.existing_type}, not {type_}"
+            existing, declared = (x.compile(postgresql.dialect()) if x else "unknown" for x in (operation.existing_type, type_))
+            return f"column {operation.column_name} is {existing}, not {declared}"
         case ops.AlterColumnOp(modify_nullable=nullable) if nullable is not None:
             return f"column {operation.column_name} must {'' if nullable else 'not '}take nulls"
         case ops.CreateForeignKeyOp() | ops.CreateUniqueConstraintOp():

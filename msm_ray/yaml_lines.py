@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from glob import glob
 from pathlib import Path
+from types import UnionType
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -224,6 +225,8 @@ def _fields(hint: Any, keys: Keys) -> Iterable[str]:
     for key in keys:
         fields = getattr(hint, "model_fields", {})
         hint = fields[key].annotation if key in fields else next((a for a in reversed(get_args(hint)) if a is not ...), None)
+        if isinstance(hint, UnionType):  # an optional section
+            hint = next((a for a in get_args(hint) if hasattr(a, "model_fields")), hint)
     return getattr(hint, "model_fields", ())
 
 

@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 from functools import lru_cache
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, field_validator, model_validator
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, field_validator, model_validator
 from sqlalchemy import Connection
 
 from msm_core.configuration import PRICE_SOURCES, AnyPriceSource, PriceSource, SourceKey
@@ -33,7 +33,7 @@ from msm_core.signals.base import AssetIdentifier, sorted_unique
 from msm_core.sources import Source, grain_problems, read_sources
 from msm_core.storage import Scope
 
-AssetList = Annotated[tuple[AssetIdentifier, ...], AfterValidator(lambda assets: sorted_unique(assets, "asset_list"))]
+AssetList = Annotated[tuple[AssetIdentifier, ...], Field(min_length=1), AfterValidator(lambda assets: sorted_unique(assets, "asset_list"))]
 
 
 class InterpolatedPricesConfig(Spec):
@@ -55,7 +55,10 @@ class InterpolatedPricesConfig(Spec):
     @field_validator("upsample_frequency_id")
     @classmethod
     def _one_spelling(cls, value: str) -> str:
-        return format_frequency(parse_frequency(value))
+        frequency = parse_frequency(value)
+        if frequency > timedelta(days=1):
+            raise ValueError("upsample_frequency_id is 1d at most")
+        return format_frequency(frequency)
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -194,9 +197,9 @@ def storage_of(price_source: PriceSource, source: Source) -> type[InterpolatedPr
     cadence, asked = parse_frequency(source.cadence), parse_frequency(frequency)
     day = timedelta(days=1)
     wrong = [
+        *((True, problem) for problem in grain_problems(source.columns, readable=True)),  # rights are the reader's own affair
         (cadence > day, f"a cadence of {source.cadence} is longer than a day"),
         (cadence == day and asked != day, f"daily bars can only be given out as 1d, not {frequency}; correct upsample_frequency_id"),
-        (asked > day, f"{frequency} is longer than a day; correct upsample_frequency_id"),
         (asked % cadence != timedelta(0), f"{frequency} is no whole multiple of its cadence {source.cadence}; correct either"),
         (cadence < day and source.time_label != "close", "intraday bars must be stamped at their end: time label close"),
         ("close" not in source.numeric, f"it has no numeric column close, only {', '.join(source.numeric)}"),
@@ -233,8 +236,8 @@ def resolve_sources(connection: Connection, price_sources: Iterable[PriceSource]
             sources[key] = SourceNotRegistered(source=str(price_source.source_uid), known=known)
         elif price_source.policy is None:
             sources[key] = source
-        elif wrong := grain_problems(source.columns, source.readable):
-            sources[key] = SourceUnusable(source=source.identifier, why=wrong[0])
+        elif not source.readable:
+            sources[key] = SourceUnusable(source=source.identifier, why=grain_problems(source.columns, source.readable)[0])
         else:
             try:
                 storages[key] = storage_of(price_source, source)

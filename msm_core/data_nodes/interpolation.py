@@ -109,18 +109,18 @@ class PricesKind:
         if isinstance(rows, MsmError):
             raise rows
         count = len(rows.bars.times)
-        if not count:
+        if not count and not (node.replace and progress[scope.uid].row_count):
             return []
         return [
             Advance(
                 scope=scope,
                 epoch=progress[scope.uid].epoch,
-                watermark=to_datetime(rows.bars.times[-1]),
+                watermark=to_datetime(rows.bars.times[-1]) if count else None,
                 row_count=count + (0 if node.replace else progress[scope.uid].row_count),
                 configuration_hash=node.configuration_hash,
                 code_version=CODE_VERSION,
                 input_digest=rows.input_digest,
-                block=_block(node.asset_identifier, rows.bars),
+                block=_block(node.asset_identifier, rows.bars) if count else None,
                 replace=node.replace,
             )
         ]

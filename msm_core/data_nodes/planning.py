@@ -60,7 +60,8 @@ class World:
     needed     assets of each portfolio: its universe, what it holds, its override asset
     assets     those of them that are registered, and the calendar of each; None = it trades around the clock
     coverage   of the prices that are read, by (source, column); where they are interpolated, of what is stored
-    originals  of the bars that interpolated prices are made from, by their key
+    wanted     assets that are to be interpolated, by key
+    originals  coverage of the bars that they are made from
     """
 
     progress: ProgressRows
@@ -69,6 +70,7 @@ class World:
     resolved: Resolved
     assets: Mapping[str, UUID | None]
     coverage: Mapping[tuple[SourceKey, str], Bounds]
+    wanted: Mapping[SourceKey, set[str]]
     originals: Mapping[SourceKey, Bounds]
 
 
@@ -103,24 +105,27 @@ def read_world(
     originals = {
         key: price_coverage(connection, resolved.origins[key], "close", sorted(names), as_of) for key, names in interpolated.items()
     }
-    return World(progress, held, needed, resolved, known, coverage, originals)
+    return World(progress, held, needed, resolved, known, coverage, interpolated, originals)
 
 
 def plan_prices(world: World, as_of: datetime, full_refresh: bool) -> list[NodePlan[InterpolatedAsset]]:
-    """Every asset that is to be interpolated and has bars; one that is not registered fails with the portfolios that need it."""
-    return [
-        _plan_asset(world, key, asset, bounds[asset][1], as_of, full_refresh)
-        for key, bounds in world.originals.items()
-        for asset in sorted(bounds.keys() & world.assets.keys())
+    """Every asset that is to be interpolated and has, or had, bars; one that is not registered fails with the portfolios that need it."""
+    plans = [
+        _plan_asset(world, key, asset, world.originals[key].get(asset), as_of, full_refresh)
+        for key, assets in world.wanted.items()
+        for asset in sorted(assets & world.assets.keys())
     ]
+    return [plan for plan in plans if plan is not None]
 
 
 def _plan_asset(
-    world: World, key: SourceKey, asset: str, newest: datetime, as_of: datetime, full_refresh: bool
-) -> NodePlan[InterpolatedAsset]:
+    world: World, key: SourceKey, asset: str, bars: tuple[datetime, datetime] | None, as_of: datetime, full_refresh: bool
+) -> NodePlan[InterpolatedAsset] | None:
     storage = world.resolved.storages[key]
     before = world.progress.get(Scope(storage, asset).uid)
     watermark = before.watermark if before else None
+    if bars is None and not (full_refresh and watermark):
+        return None
     node = InterpolatedAsset(
         **storage.__metatable_extra_hash_components__,  # type: ignore[arg-type] - text that pydantic reads
         asset_identifier=asset,
@@ -136,11 +141,11 @@ def _plan_asset(
         reason = "configuration changed"  # the asset has another calendar now
     elif before.code_version != PRICES_CODE_VERSION:
         reason = "code changed"
-    elif newest > watermark:
+    elif bars and bars[1] + world.resolved.origins[key].margin > watermark:
         reason = "inputs advanced"
     else:
         return NodePlan(node.identifier, "up to date", None, watermark, watermark)
-    if rebuilt := reason not in ("new", "inputs advanced"):
+    if rebuilt := full_refresh or reason not in ("new", "inputs advanced"):
         node = node.model_copy(update={"replace": True})
     return NodePlan(node.identifier, reason, node, None if rebuilt else watermark, as_of)
 
@@ -154,8 +159,9 @@ def with_prices(world: World, plans: Sequence[NodePlan[InterpolatedAsset]]) -> W
     """The world once `plans` have run: at most to the end of the session that the newest bar of a source belongs to."""
     coming: dict[SourceKey, dict[str, tuple[datetime, datetime]]] = {}
     for plan in plans:
-        if plan.node:
-            first, last = world.originals[plan.node.source_key][plan.node.asset_identifier]
+        bars = world.originals[plan.node.source_key].get(plan.node.asset_identifier) if plan.node else None
+        if plan.node and bars:
+            first, last = bars
             coming.setdefault(plan.node.source_key, {})[plan.node.asset_identifier] = (first, last + SESSION_LENGTH_MAX)
     coverage = {(key, column): {**stored, **coming.get(key, {})} for (key, column), stored in world.coverage.items()}
     return replace(world, coverage=coverage)
@@ -177,7 +183,7 @@ def plan_signal(signal: Signal, world: World, as_of: datetime, full_refresh: boo
         return NodePlan(identifier, "up to date", None, before.watermark, before.watermark)
     start = before.watermark if before and reason == "inputs advanced" else None
     node = SignalWeights(
-        signal_weights_instance=signal, replace=reason in ("full refresh", "code changed"), expected_epoch=before.epoch if before else None
+        signal_weights_instance=signal, replace=full_refresh or reason == "code changed", expected_epoch=before.epoch if before else None
     )
     return NodePlan(identifier, reason, node, start, as_of)
 
@@ -208,7 +214,7 @@ def _plan_portfolio(
     before = own[0]
     reason = _reason(configuration, own, full_refresh)
     held_before = any(p is not None and p.watermark is not None for p in own)
-    rebuilt = reason in ("full refresh", "configuration changed", "code changed") or (reason == "new" and held_before)
+    rebuilt = full_refresh or reason in ("configuration changed", "code changed") or (reason == "new" and held_before)
     watermark = before.watermark if before else None
     start = None if rebuilt else watermark
     held = () if start is None else world.held.get(identifier, ())

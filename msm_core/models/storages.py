@@ -1,6 +1,7 @@
 """The time-indexed storages: the static ones, and interpolated prices, one table per policy. `prepare` makes all of them."""
 
 import functools
+import threading
 import uuid
 from collections.abc import Mapping
 from datetime import datetime
@@ -14,6 +15,7 @@ from msm_core.models.base import LOADED_NAMESPACE, NAMING, Identifier, StorageTa
 
 FINITE = "{0} > '-Infinity' AND {0} < 'Infinity'"  # NaN sorts above Infinity in Postgres, so this refuses it too
 COMPONENTS = ("source_time_index_meta_table_uid", "source_cadence", "upsample_frequency_id", "intraday_bar_interpolation_rule")
+DEFINING = threading.Lock()  # a table is defined once in a process
 DIGEST_CHARS = 16  # of the policy, in the names of its storage; `prepare` and the runtime refuse two policies of one name
 POSITIVE = "{0} > 0 AND {0} < 'Infinity'"
 
@@ -72,13 +74,13 @@ class InterpolatedPricesStorage(PriceBarsStorage):
         return logical_identifier(f"InterpolatedPricesTS.{cls.__concept__.rpartition('_')[2]}", LOADED_NAMESPACE)
 
     @staticmethod
-    @functools.cache
     def configured(
         source_time_index_meta_table_uid: uuid.UUID, source_cadence: str, upsample_frequency_id: str, intraday_bar_interpolation_rule: str
     ) -> "type[InterpolatedPricesStorage]":
         """The storage of a policy: these four make its identity, and nothing else does."""
         policy = (source_cadence, upsample_frequency_id, intraday_bar_interpolation_rule)
-        return _configured(dict(zip(COMPONENTS, (str(source_time_index_meta_table_uid), *policy), strict=True)))
+        with DEFINING:
+            return _configured(str(source_time_index_meta_table_uid), *policy)
 
     @classmethod
     def configured_by(cls, components: Mapping[str, str]) -> "type[InterpolatedPricesStorage]":
@@ -87,9 +89,11 @@ class InterpolatedPricesStorage(PriceBarsStorage):
         return cls.configured(uuid.UUID(uid), *policy)
 
 
-def _configured(components: dict[str, str]) -> type[InterpolatedPricesStorage]:
+@functools.cache
+def _configured(*values: str) -> type[InterpolatedPricesStorage]:
+    components = dict(zip(COMPONENTS, values, strict=True))
     digest = identity({"kind": "interpolated_prices_storage", **components})[:DIGEST_CHARS]
-    source, cadence, frequency, rule = components.values()
+    source, cadence, frequency, rule = values
     members = {
         "__doc__": f"Bars of source {source} ({cadence}) at {frequency}, gaps: {rule}.",
         "__concept__": f"InterpolatedPrices_{digest}",

@@ -16,7 +16,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from msm_core.errors import BarOffGrid, CalendarRangeError, EmptySchedule, InvalidPrice, MisplacedBar, MsmError, PriceGap, RepeatedBar
+from msm_core.errors import (
+    BarOffGrid,
+    CalendarRangeError,
+    EmptySchedule,
+    InvalidPrice,
+    MislabelledBar,
+    MisplacedBar,
+    MsmError,
+    PriceGap,
+    RepeatedBar,
+)
 from msm_core.frames import parse_frequency
 from msm_core.interpolation import NUMBERS, Carry, Interpolated, Policy, PriceBars, interpolate
 from msm_core.pandas_calendars import PandasCalendar
@@ -543,12 +553,14 @@ BAD: dict[str, tuple[Policy, Mapping[str, Any], type[MsmError], str]] = {
         RepeatedBar,
         "a4 has two bars for 2023-11-21 21:00Z. Its cadence is not 1d",
     ),
-    "two dates for a session, apart": (  # 20:00 of the 20th in New York
+    "a date at no midnight": (  # 20:00 of the 20th in New York
         policy(label="session_date"),
         {"2023-11-20 00:00": 1.0, "2023-11-21 00:00": 2.0, "2023-11-21 01:00": 3.0},
-        RepeatedBar,
-        "a4 has two bars for 2023-11-20 21:00Z",
+        MislabelledBar,
+        "a4 at 2023-11-21 01:00Z is stamped at no midnight, of UTC or of America/New_York",
     ),
+    "a date of another zone": (policy(label="session_date"), {"2023-11-20 23:00": 1.0}, MislabelledBar, "a4 at 2023-11-20 23:00Z"),
+    "a stub beyond the close": (policy("1h"), {"2023-11-21 21:30": 1.0}, BarOffGrid, "a4 at 2023-11-21 21:30Z"),
     "two bars for a slot": (policy("5m"), {"2023-11-21 14:35": 1.0, "2023-11-21 14:35:00": 1.0}, RepeatedBar, "not 5m"),
     "off the grid": (policy("5m"), {"2023-11-21 14:37": 1.0}, BarOffGrid, "off the 5m grid of NYSE, whose session opens at 2023-11-21 14"),
     "hours from midnight": (policy("1h", "1d"), {"2023-11-21 15:00": 1.0}, BarOffGrid, "prices: the bar of a4 at 2023-11-21 15:00Z"),

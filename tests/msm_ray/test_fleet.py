@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from msm_core.data_nodes.interpolated_prices import InterpolatedPrices
 from msm_core.data_nodes.prices import APIDataNode
 from msm_core.errors import ConfigurationError
 from msm_core.signals import SIGNALS, EqualWeights, FixedWeights
@@ -67,7 +68,14 @@ def problems(load):
 def test_the_example_loads():
     fleet = load_fleet(EXAMPLE)
     matrix = [f"equal-tech-{on}-lag{lag}" for on in ("week_end", "month_end") for lag in (0, 1)]
-    assert [p.identifier for p in fleet.portfolios] == ["equal-monthly", "equal-weekly", "sixty-forty", *matrix]
+    assert [p.identifier for p in fleet.portfolios] == [
+        "equal-monthly",
+        "equal-weekly",
+        "sixty-forty",
+        "equal-weekly-filled",
+        *matrix,
+    ]
+    assert [p.identifier for p in fleet.portfolios if p.price_source.policy == ("1d", "ffill")] == ["equal-weekly-filled"]
     calendar = {"pandas_calendar": "NYSE", "valid_from": date(1990, 1, 1), "valid_to": date(2023, 12, 31)}
     assert [c.model_dump(exclude_none=True) for c in fleet.calendars] == [calendar | {"unique_identifier": "XNYS"}]
     monthly, _, sixty, *_, last = fleet.portfolios
@@ -85,6 +93,17 @@ def test_a_source_is_an_identifier_or_a_uid(load, monkeypatch, namespace):
     monkeypatch.setenv("MSM_AUTO_REGISTER_NAMESPACE", namespace)
     uid = str(APIDataNode.build_from_identifier("ExternalPricesTS").source_uid)
     assert load(PORTFOLIO).portfolios == load(PORTFOLIO.replace("ExternalPricesTS", uid)).portfolios
+
+
+@pytest.mark.parametrize(("assets", "expected"), [("", None), ("assets: two", ("AAPL", "MSFT")), ("assets: [XOM, AAPL]", ("AAPL", "XOM"))])
+def test_prices_can_be_interpolated(load, assets, expected):
+    entry = f"{{ source: ExternalPricesTS, interpolate: {{ frequency: 24h, rule: ffill, {assets} }} }}"
+    (p,) = load(PORTFOLIO.replace("{ source: ExternalPricesTS }", entry)).portfolios
+    assert isinstance(p.price_source, InterpolatedPrices)
+    source = APIDataNode.build_from_identifier("ExternalPricesTS")
+    assert p.price_source.dependencies() == {"source_prices": source}
+    assert (p.price_source.source_uid, p.price_source.policy) == (source.source_uid, ("1d", "ffill"))
+    assert p.price_source.asset_list == expected
 
 
 def test_a_portfolio_overrides_the_defaults_key_by_key(load):
@@ -232,6 +251,28 @@ def test_only_what_changes_numbers_changes_a_hash(folder, changes, same):
     assert (changed == hashes_of(folder, DOCUMENT)["e"]) is same
 
 
+@pytest.mark.parametrize(
+    ("changes", "same"),
+    [
+        ({"assets": "u"}, True),
+        ({"assets": ["XOM"]}, True),
+        ({"frequency": "24h"}, True),
+        ({"rule": "none"}, False),
+        ({"frequency": "12h"}, False),
+        (None, False),
+    ],
+)
+def test_source_and_policy_are_the_identity_of_interpolated_prices(folder, changes, same):
+    def hashes(source: str, interpolate: Any) -> dict[str, str]:
+        return hashes_of(folder, DOCUMENT | {"prices": {"daily": {"source": source, "interpolate": interpolate}}})
+
+    policy = {"frequency": "1d", "rule": "ffill"}
+    uid = str(APIDataNode.build_from_identifier("ExternalPricesTS").source_uid)
+    for source in ("ExternalPricesTS", uid):
+        assert (hashes(source, changes and policy | changes) == hashes("ExternalPricesTS", policy)) is same
+    assert hashes("another", policy) != hashes("ExternalPricesTS", policy)
+
+
 # what is replaced in PORTFOLIO, or all of it | by what | line and what is told; * for words of libraries, and kinds that others register
 MISTAKES = r"""
 | # nothing | 1: cannot be read: the file is empty
@@ -257,6 +298,14 @@ equal_weights, universe: two | fixed_weights, weights: { A: .nan,\nB: '1' } | 4:
 [MSFT, AAPL] | [AAPL, AAPL] | 3: universes.two: the universe names AAPL more than once
 [MSFT, AAPL] | [\nTRUE] | 4: universes.two[0]: must be a valid string, not true - put it in quotes
 source: | sourc: | 2: prices.daily.sourc: unknown key - did you mean 'source'? & 2: prices.daily.source: is missing
+ExternalPricesTS | X, interpolate: { frequency: 1d,\nrule: fill } | 3: prices.daily.interpolate.rule: must be 'ffill' or 'none', not "fill"
+ExternalPricesTS | X, interpolate: { frequency: daily,\nrule: none } | 2: prices.daily.interpolate.frequency: *, not "daily"
+ExternalPricesTS | X, interpolate: {\nfrequency: 0d, rule: none } | 3: prices.daily.interpolate.frequency: *, not "0d"
+ExternalPricesTS | X, interpolate: { frequency: 5, rule: none } | 2: prices.daily.interpolate.frequency: must be a valid string, not 5*
+ExternalPricesTS | X, interpolate: {\nrulle: none } | 2: *.frequency: is missing & 2: *.rule: is missing & 3: *.rulle: unknown key*
+ExternalPricesTS | X, interpolate: { frequency: 1d, rule: none,\nassets: tow } | 3: *.assets: unknown universe 'tow' - did you mean 'two'?
+ExternalPricesTS | X, interpolate: 1d | 2: prices.daily.interpolate: *
+ExternalPricesTS | X, interpolation: { frequency: 1d } | 2: prices.daily.interpolation: unknown key - did you mean 'interpolate'?
 prices: daily | prices: dayly | 6: defaults.prices: unknown prices 'dayly' - did you mean 'daily'?
 signal: equal | signal: equal, execution: { commission_fee: 2 } | 6: defaults.execution.commission_fee: must be less than 1, not 2*
 id: p | | 7: portfolios[0].id: is missing
@@ -286,6 +335,21 @@ def test_a_mistake_is_told_at_its_line(problems, mistake):
     found = problems(PORTFOLIO.replace(old or PORTFOLIO, new.replace("\\n", "\n"), 1))
     patterns = [re.escape(f"fleet.yaml:{pattern}").replace(r"\*", ".*") for pattern in expected.split(" & ")]
     assert len(found) == len(patterns) and all(map(re.fullmatch, patterns, found)), found  # noqa: PT018
+
+
+# one sentence each, in words of the file
+OF_ASSETS = r"""
+rule: none,\nassets: [A, A] | 3: prices.daily.interpolate.assets: asset_list names A more than once
+rule: none,\nassets: [] | 3: prices.daily.interpolate.assets: Tuple should have at least 1 item after validation, not 0
+rule: none,\nrulle: x | 3: prices.daily.interpolate.rulle: unknown key - did you mean 'rule'?
+"""
+
+
+@pytest.mark.parametrize("mistake", OF_ASSETS.strip().splitlines())
+def test_a_mistake_in_an_interpolation_is_told_once(problems, mistake):
+    policy, expected = mistake.split(" | ")
+    text = PORTFOLIO.replace("ExternalPricesTS", f"X, interpolate: {{ frequency: 1d, {policy} }}".replace("\\n", "\n"))
+    assert problems(text) == [f"fleet.yaml:{expected}"]
 
 
 def test_files_that_cannot_be_read(tmp_path):
@@ -371,6 +435,8 @@ def test_the_schema_accepts_what_loads_and_refuses_typing_errors():
     validator = pytest.importorskip("jsonschema").Draft202012Validator(fleet_json_schema())
     placeholder = {"id": "p{lag}", "rebalance": MONTHLY | {"execution_lag": "{lag}"}}
     assert validator.is_valid(DOCUMENT)
+    daily = {"source": "X", "interpolate": {"frequency": "1d", "rule": "ffill", "assets": "u"}}
+    assert validator.is_valid(DOCUMENT | {"prices": {"daily": daily}})
     assert validator.is_valid(DOCUMENT | {"portfolios": [placeholder | {"matrix": {"lag": [1, 2]}}]})
     for mistake in (
         {"portfolios": [placeholder]},
@@ -379,6 +445,8 @@ def test_the_schema_accepts_what_loads_and_refuses_typing_errors():
         {"signals": {"s": {"asset_list": ["A"]}}},
         {"signals": {"s": FIXED | {"weights": {"A": "x"}}}},
         {"calendars": {"c": {"pandas_calendar": "NYSE"}}},
+        {"prices": {"daily": daily | {"interpolate": {"frequency": "1d", "rule": "linear"}}}},
+        {"prices": {"daily": daily | {"interpolate": {"rule": "none"}}}},
     ):
         assert not validator.is_valid(DOCUMENT | mistake), mistake
 

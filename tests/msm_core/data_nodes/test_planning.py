@@ -303,6 +303,7 @@ def test_a_later_vector_is_due(engine, market):  # R75
 # -- pure -----------------------------------------------------------------------------------------------------------------------------
 
 
+NOTHING = Resolved({}, {}, {})
 COLUMNS = {"time_index": "timestamp with time zone", "asset_identifier": "character varying(255)", "close": "double precision"}
 SOURCE = Source(
     ExternalPricesStorage.storage_uid(), "ExternalPricesTS", "msm__external_prices", "prices", "1d", "close", {}, COLUMNS, readable=True
@@ -322,7 +323,7 @@ def world(
     source = replace(SOURCE, time_label=label)
     key = (SOURCE.uid, None)
     resolved = Resolved({key: source}, {}, {})
-    return World(progress, {"p": held}, {}, resolved, dict.fromkeys([*last, *held]), {(key, "close"): coverage}, {})
+    return World(progress, {"p": held}, {}, resolved, dict.fromkeys([*last, *held]), {(key, "close"): coverage}, {}, {})
 
 
 P = portfolio("p", equal("A", "B"))
@@ -367,7 +368,7 @@ def test_signals_are_planned_from_their_own_progress():
     own = Scope(SignalWeightsStorage, signal.uid).uid
 
     def planned(progress: dict) -> tuple:
-        found = plan_signal(signal, World(progress, {}, {}, Resolved({}, {}, {}), {}, {}, {}), instant("2024-01-31"), full_refresh=False)
+        found = plan_signal(signal, World(progress, {}, {}, NOTHING, {}, {}, {}, {}), instant("2024-01-31"), full_refresh=False)
         return found.reason, found.start, found.end
 
     later = Progress(other, instant("2024-06-01"), 9, 1, "x", planning.SIGNAL_CODE_VERSION)
