@@ -7,7 +7,6 @@ the rows, and was measured at 0.6 of this end to end (lab/perf.md F).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -80,24 +79,10 @@ def copy_in(connection: Connection, table: str, block: Block) -> int:
     rows = row_count(block)
     with driver_connection(connection).cursor() as cursor, cursor.copy(statement) as copy:
         copy.write(COPY_HEADER)
-        for encoded in _ahead(encode_rows(block)):
+        for encoded in encode_rows(block):
             copy.write(encoded)
         copy.write(COPY_TRAILER)
     return rows
-
-
-def _ahead(blocks: Iterator[bytes]) -> Iterator[bytes]:
-    """The same blocks, each made while the one before it is on its way."""
-    first = next(blocks, b"")
-    if second := next(blocks, b""):
-        with ThreadPoolExecutor(max_workers=1) as pool:
-            yield first
-            while second:
-                following = pool.submit(next, blocks, b"")
-                yield second
-                second = following.result()
-    else:
-        yield first
 
 
 def encode_rows(block: Block) -> Iterator[bytes]:

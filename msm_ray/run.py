@@ -6,7 +6,7 @@ rival run holds are asked again at the end: landed by the rival to the same as-o
 
 import time
 import uuid
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
@@ -213,7 +213,7 @@ class _Flight:
         except CycleError as error:
             raise CyclicPlan(cycle=" -> ".join(f"{kind}:{identifier}" for kind, identifier in error.args[1])) from None
         self.blocked: dict[Key, NodeResult] = {}
-        self.waiting: dict[tuple[Any, ...], list[Key]] = defaultdict(list)
+        self.waiting: dict[tuple[Any, ...], deque[Key]] = defaultdict(deque)
         self.flying: dict[int, list[Key]] = {}
         self.tickets = 0
 
@@ -248,14 +248,17 @@ class _Flight:
         return result
 
     def _next_batch(self) -> list[Key]:
-        """The next nodes of the fullest group, up to the bounds on nodes and on work."""
+        """The next nodes of the fullest group, up to the bounds on nodes and on work.
+
+        In the order of their keys, as far as they are ready: rows then go to the right end of a primary key, which is its fast end.
+        """
         group = max(self.waiting, key=lambda g: len(self.waiting[g]), default=None)
         if group is None:
             return []
         waiting, batch, cells = self.waiting[group], list[Key](), 0.0
         most = self.run.options.batch_size or (PRICE_NODES_MAX if group[0] == "prices" else BATCH_NODES_MAX)
         while waiting and len(batch) < most and (not batch or cells < BATCH_CELLS_MAX):
-            key = waiting.pop()
+            key = waiting.popleft()
             batch.append(key)
             cells += _cells(self.work[key], self.run.as_of)
         if not waiting:
