@@ -39,6 +39,7 @@ from msm_core.verification import verify as verify_storages
 from msm_ray import ledger
 from msm_ray import prepare as preparation
 from msm_ray.cli_db import db_app
+from msm_ray.cli_prepare import EXIT_PENDING, FileOption, prepare
 from msm_ray.cli_prices import prices_app, sources_app
 from msm_ray.console import Output, OutputOption, configure_logging, emit_json, emit_table, err, narrate, out, watching
 from msm_ray.executors import make_executor
@@ -46,9 +47,8 @@ from msm_ray.fleet import fleet_json_schema, load_fleet
 from msm_ray.plan import make_plan
 from msm_ray.run import Options, RunReport, run_fleet
 from msm_ray.session import choose_portfolios, connect, own_server, parse_as_of
-from msm_ray.store import store_fleet, stored_price_sources
 
-EXIT_CRASH, EXIT_USAGE, EXIT_PARTIAL, EXIT_PENDING = 1, 2, 3, 10
+EXIT_CRASH, EXIT_USAGE = 1, 2
 USAGE_ERRORS = (
     *(ConfigurationError, SelectionError, DatabaseNotConfigured, InvalidNamespace, StorageNotPrepared, RunNotFound),
     *(SourceNotRegistered, SourceUnusable, SourceConflict, UnusableFile, CalendarNotFound, EmptySchedule),
@@ -73,7 +73,6 @@ class ExecutorName(StrEnum):
     ray = "ray"
 
 
-FileOption = Annotated[Path | None, typer.Option("--file", "-f", help="fleet.yaml; without it, what `prepare -f` stored.", dir_okay=False)]
 SelectOption = Annotated[
     list[str] | None,
     typer.Option("--select", "-s", help="portfolio:ew-*, tag:core, signal:equal+, asset:AAPL+, status:failed. Repeat = or, comma = and."),
@@ -147,57 +146,7 @@ def schema() -> None:
     emit_json(fleet_json_schema())
 
 
-@app.command()
-def prepare(
-    file: FileOption = None,
-    check: Annotated[bool, typer.Option("--check", help="Change nothing; exit 10 when work is pending.")] = False,
-    sql: Annotated[bool, typer.Option("--sql", help="Print the DDL that is pending, and change nothing.")] = False,
-    output: OutputOption = Output.table,
-) -> None:
-    """Create and upgrade tables; with -f also store the fleet's calendars, identity rows and configurations. Idempotent.
-
-    Tables of interpolated prices are made for the portfolios of the file or, without one, for the stored ones.
-    """
-    fleet = load_fleet(file) if file else None
-    engine = connect()
-    sources = [c.price_source for c in fleet.portfolios] if fleet else stored_price_sources(engine)
-    if sql:
-        sys.stdout.write(preparation.ddl(engine, sources))
-    elif check:
-        _show_pending(preparation.check(engine, sources), output)
-    else:
-        done = preparation.prepare(engine, sources)
-        _show_prepared(done, store_fleet(engine, fleet) if fleet else None, output)
-
-
-def _show_pending(found: preparation.Preparation, output: Output) -> None:
-    facts = {"pending": found.pending, "drifted": found.drifted, "missing": found.missing}
-    problems = {"problems": found.problems} if found.problems else {}
-    if output == Output.json:
-        emit_json(facts | problems)
-    else:
-        out.print(" · ".join(f"{len(names)} {what}" for what, names in facts.items()))
-        rows = [(what, name) for what, names in (facts | problems).items() for name in names]
-        if rows:
-            emit_table("To do: msm-ray prepare", ("what", "name"), rows)
-    if not found.is_clean or found.problems:
-        raise typer.Exit(EXIT_PARTIAL if found.is_clean else EXIT_PENDING)
-
-
-def _show_prepared(done: preparation.Preparation, stored: int | None, output: Output) -> None:
-    facts = {"pending": [], "drifted": [], "missing": done.missing}
-    work = {"applied": done.pending, "repaired": done.repaired, "problems": done.problems}
-    if output == Output.json:
-        emit_json(facts | work | ({} if stored is None else {"configurations_stored": stored}))
-    else:
-        text = f", {stored} configurations new or changed" if stored is not None else ""
-        out.print(f"Prepared: {len(done.pending)} revisions and tables applied{text}.")
-        for name in done.repaired:
-            out.print(f"Cadence of {name} was missing in the catalogue; it is now what the model declares.", highlight=False)
-        for problem in done.problems:
-            err.print(f"[red]not prepared:[/red] {escape(problem)}", highlight=False, soft_wrap=True)
-    if done.problems:
-        raise typer.Exit(EXIT_PARTIAL)
+app.command()(prepare)
 
 
 @app.command()

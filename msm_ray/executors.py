@@ -22,9 +22,10 @@ from typing import Any, Protocol
 import structlog
 
 from msm_core.data_nodes.base import Batch, NodeKind, NodeResult, update_batch
+from msm_core.data_nodes.construction import PortfolioKind
 from msm_core.data_nodes.interpolated_prices import InterpolatedAsset
 from msm_core.data_nodes.interpolation import PricesKind
-from msm_core.data_nodes.portfolios import PortfolioKind, PortfoliosDataNode
+from msm_core.data_nodes.portfolios import PortfoliosDataNode
 from msm_core.data_nodes.signals import SignalKind, SignalWeights
 from msm_core.database import get_engine, redact
 from msm_core.errors import RayUnavailable, StaleCode, TaskTimedOut, WorkerLost

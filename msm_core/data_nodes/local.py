@@ -6,10 +6,11 @@ from datetime import datetime
 from sqlalchemy import Engine
 
 from msm_core.data_nodes.base import Batch, NodeResult, update_batch
+from msm_core.data_nodes.construction import PortfolioKind
 from msm_core.data_nodes.interpolated_prices import InterpolatedAsset, InterpolatedPrices, resolve_sources
 from msm_core.data_nodes.interpolation import PricesKind
 from msm_core.data_nodes.planning import NodePlan, new_scopes, plan_portfolio, plan_prices, plan_signal, read_world, with_prices
-from msm_core.data_nodes.portfolios import PortfolioKind, PortfoliosDataNode
+from msm_core.data_nodes.portfolios import PortfoliosDataNode
 from msm_core.data_nodes.registration import register_portfolios
 from msm_core.data_nodes.signals import SignalKind, SignalWeights
 from msm_core.database import exported_snapshot, get_engine, transaction

@@ -13,7 +13,7 @@ from sqlalchemy import Engine
 
 import msm_core
 from msm_core.api import register_source
-from msm_core.data_nodes import loading
+from msm_core.data_nodes import bar_files, loading
 from msm_core.data_nodes.loading import LoadReport, load_prices
 from msm_core.database import transaction
 from msm_core.errors import CalendarNotFound, ConfigurationError, LoadRefused, MsmError, SourceNotRegistered, SourceUnusable, UnusableFile
@@ -27,8 +27,8 @@ ASSETS = ["A", "B", "C"]
 @pytest.fixture
 def market(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
     """Three assets and a calendar of weekdays, closing 21:00; files are read some 5 rows at a time."""
-    monkeypatch.setattr(loading, "CSV_BLOCK_BYTES", 200)
-    monkeypatch.setattr(loading, "PARQUET_CELLS", 20)
+    monkeypatch.setattr(bar_files, "CSV_BLOCK_BYTES", 200)
+    monkeypatch.setattr(bar_files, "PARQUET_CELLS", 20)
     msm_core.start_engine()
     factories.register_assets(engine, ASSETS)
     factories.store_calendar(engine)
@@ -239,7 +239,7 @@ def test_nothing_is_loaded_when_the_last_chunk_is_bad(market, tmp_path, form):
 
 def test_all_errors_go_to_a_file_and_the_first_are_kept(load, market, tmp_path, monkeypatch):
     """Breaks: a million errors fill the memory or the screen, or the last of them are lost."""
-    monkeypatch.setattr(loading, "ERRORS_KEPT", 3)
+    monkeypatch.setattr(bar_files, "ERRORS_KEPT", 3)
     errors = tmp_path / "errors.csv"
     errors.write_text("old")
     lines = "".join(f"2024-01-02T{i // 60:02}:{i % 60:02}Z,A,bad\n" for i in range(500))

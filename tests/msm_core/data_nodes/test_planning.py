@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from sqlalchemy import Engine
 
-from msm_core.data_nodes import planning, portfolios, signals
+from msm_core.data_nodes import construction, planning, signals
 from msm_core.data_nodes.interpolated_prices import Resolved
 from msm_core.data_nodes.planning import World, plan_portfolio, plan_signal
 from msm_core.data_nodes.portfolios import portfolio_scopes
@@ -90,7 +90,7 @@ def test_display_text_is_none(engine, market):  # the lesson: renaming a portfol
 def test_code_changed(engine, market, monkeypatch):
     p = portfolio("p", equal("A", "B"))
     run(engine, [p], LATE)
-    for module, name in ((planning, "PORTFOLIO_CODE_VERSION"), (portfolios, "CODE_VERSION")):
+    for module, name in ((planning, "PORTFOLIO_CODE_VERSION"), (construction, "CODE_VERSION")):
         monkeypatch.setattr(module, name, "portfolios next")
     plan = factories.plan(engine, [p], LATE)
     assert [(x.reason, x.start, x.node.replace) for x in plan.portfolios] == [("code changed", None, True)]

@@ -19,7 +19,7 @@ from sqlalchemy import Engine
 import msm_core
 from msm_core import identity
 from msm_core.configuration import PortfolioConfiguration
-from msm_core.data_nodes import portfolios
+from msm_core.data_nodes import construction
 from msm_core.data_nodes.portfolios import PortfoliosDataNode, PortfolioWeights
 from msm_core.data_nodes.signals import SignalWeights
 from msm_core.errors import NodeFailed, StorageNotPrepared
@@ -415,7 +415,7 @@ def test_an_exhausted_window_does_not_ask_the_calendar(engine, monkeypatch):  # 
         asked.append(args)
         raise AssertionError("the calendar was asked")
 
-    monkeypatch.setattr(portfolios, "resolve_calendars", spy)
+    monkeypatch.setattr(construction, "resolve_calendars", spy)
     report = run(engine, fleet[:1], "2024-12-31")  # prices are exhausted
     assert (factories.statuses(report), report.rows_written, asked) == ({"p": "up_to_date"}, 0, [])
     report = run(engine, fleet[1:], "2024-12-31")  # prices go on, the signal's vector has expired

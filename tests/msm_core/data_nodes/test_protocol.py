@@ -17,7 +17,7 @@ from msm_core.configuration import PortfolioConfiguration
 from msm_core.copying import Text
 from msm_core.data_nodes import base
 from msm_core.data_nodes.base import Batch, NodeResult, update_batch
-from msm_core.data_nodes.portfolios import PortfolioKind
+from msm_core.data_nodes.construction import PortfolioKind
 from msm_core.data_nodes.signals import SignalKind
 from msm_core.database import retrying, transaction
 from msm_core.errors import ProgressConflict
