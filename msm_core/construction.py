@@ -224,11 +224,12 @@ def _first_priced_session(configuration: PortfolioConfiguration, market: Market,
     ready = (target >= 0) & ((vectors.weights[target] == 0) | (np.isfinite(prices) & (prices > 0))).all(axis=1)
     if ready.any():
         return int(candidates[ready.argmax()])
-    due = (target >= 0) & (sessions.closes[candidates] >= _priced_from(market, vectors))
+    listed = market.first_bar[market.columns(vectors.assets)] <= sessions.closes[candidates][:, None]
+    due = (target >= 0) & ((vectors.weights[target] == 0) | listed).all(axis=1)
     if due.any():
-        row = int(rows[due.argmax()])
-        wanted = vectors.weights[target[due.argmax()]] != 0
-        _bars(market, vectors.assets, slice(row, row + 1)).require(wanted[None, :], configuration.identifier)
+        first = int(due.argmax())
+        bars = _bars(market, vectors.assets, slice(rows[first], rows[first] + 1))
+        bars.require(vectors.weights[target[first]][None, :] != 0, configuration.identifier)
     return len(sessions.closes)
 
 

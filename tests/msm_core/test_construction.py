@@ -488,6 +488,17 @@ def test_bars_that_never_meet_a_session_are_told_and_not_waited_for():
         started(series, vectors_of((EVER, {"A": 0.5, "B": 0.5})), "01-05")
 
 
+def test_an_asset_that_is_not_listed_yet_is_waited_for():
+    # B has its first bar on Friday; A, whose bars come an hour late, is the target until Tuesday night, if at all
+    late = Series(daily(0, *[10.0] * 8).times + np.timedelta64(1, "h"), np.full(8, 10.0), np.full(8, np.nan))
+    series = {"A": late, "B": daily(4, 50, 55, 55), "C": daily(0, *[20.0] * 8)}
+    assert started(series, vectors_of((EVER, {"B": 0.5, "C": 0.5})), "01-09") == close_to(_01_05=1.0, _01_08=1.05)
+    assert started(series, vectors_of((EVER, {"B": 0.5, "C": 0.5})), "01-04") == {}
+    both = vectors_of((EVER, {"A": 1.0}), ("2024-01-02T22:30", {"B": 0.5, "C": 0.5}))
+    with pytest.raises(MissingPrice, match="no close of A at 2024-01-02"):  # it should have begun with A
+        started(series, both, "01-04")
+
+
 def test_an_asset_of_weight_zero_is_not_waited_for():
     series = {"A": daily(0, 10, 11, 11, 11, 11), "B": daily(3, 50, 55)}
     got = started(series, vectors_of((EVER, {"A": 1.0, "B": 0.0})), "01-05")
