@@ -215,9 +215,7 @@ def _filled(
     row = np.full(len(asset), -1)
     row[begins[bars.asset] + slot - first[bars.asset]] = np.arange(len(slot))
     seen = row >= 0
-    recent = np.maximum.accumulate(row)  # the last bar at or before the slot, of this asset or, before its first one, of another
-    own = recent >= 0
-    own[own] = bars.asset[recent[own]] == asset[own]
+    recent, own = _carried(row, bars.asset, asset)
     close = np.where(own, _at(bars.numbers["close"], recent), carry.close[asset])
     numbers = {name: np.where(seen, _at(bars.numbers[name], row), close) for name in PRICES}
     numbers |= {name: np.where(seen, _at(bars.numbers[name], row), 0.0) for name in COUNTS}
@@ -261,10 +259,16 @@ def _merged_vwap(parts: Mapping[str, Floats], made: np.ndarray, asset: np.ndarra
     with np.errstate(invalid="ignore"):  # of an infinite volume nothing can be told
         traded = ordered_sum(weight * _or_zero(parts["vwap"]))
         vwap = np.where(total > 0, traded / np.where(total > 0, total, 1.0), np.nan)
-    recent = np.maximum.accumulate(np.where(made, -1, np.arange(len(made))))
-    own = recent >= 0
-    own[own] = asset[recent[own]] == asset[own]
+    recent, own = _carried(np.where(made, -1, np.arange(len(made))), asset, asset)
     return np.where(own, _at(vwap, recent), carry.vwap[asset])
+
+
+def _carried(row: np.ndarray, of: np.ndarray, asset: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(N,) the last row that is not -1 at or before each place, and whether it is one of the place's own asset and not of another."""
+    recent = np.maximum.accumulate(row)
+    own = recent >= 0
+    own[own] = of[recent[own]] == asset[own]
+    return recent, own
 
 
 def _at(column: np.ndarray, rows: np.ndarray, absent: object = np.nan) -> np.ndarray:

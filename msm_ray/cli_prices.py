@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 import msm_core
@@ -70,7 +69,7 @@ def sources_list(output: OutputOption = Output.table) -> None:
     if output == Output.json:
         emit_json({"sources": [dict(zip(columns, row, strict=True)) for row in rows]})
     else:
-        emit_table(f"{len(rows)} price sources", columns, [[cell and escape(cell) for cell in row] for row in rows])
+        emit_table(f"{len(rows)} price sources", columns, rows)
 
 
 @sources_app.command("show")
@@ -149,8 +148,8 @@ def _show(source: Source, output: Output) -> None:
     )
     shown = {k: v for k, v in facts.items() if k not in ("columns", "hints", "exists", "readable", "estimated_rows")}
     rows = [*shown.items(), ("state", _state(source)), ("rows", about)]
-    emit_table("Price source", ("fact", "value"), [(k, v and escape(v)) for k, v in rows])
-    emit_table("Columns", ("column", "type"), [(escape(k), escape(v)) for k, v in facts["columns"].items()])
+    emit_table("Price source", ("fact", "value"), rows)
+    emit_table("Columns", ("column", "type"), facts["columns"].items())
     for hint in facts["hints"]:
         out.print(f"hint: {hint}", highlight=False, markup=False, soft_wrap=True)
 
@@ -160,7 +159,7 @@ def _show_errors(refused: LoadRefused, path: Path | None, output: Output) -> Non
     if output == Output.json:
         emit_json({"rows_written": 0, "error_count": count, "errors": kept, "errors_file": path and str(path)})
         return
-    rows = [[escape(str(value)) for value in error.values()] for error in kept[:ERRORS_SHOWN]]
+    rows = [tuple(error.values()) for error in kept[:ERRORS_SHOWN]]
     title = f"{count:,} errors, nothing was loaded" + (f"; the first {ERRORS_SHOWN}" if count > ERRORS_SHOWN else "")
     emit_table(title, tuple(kept[0]), rows)
     if path or count > ERRORS_SHOWN:

@@ -87,7 +87,7 @@ def check(engine: Engine, price_sources: Iterable[PriceSource] = ()) -> Preparat
         incomplete = [] if static or CATALOGUE not in present else _without_cadence(connection)
         return Preparation(
             pending=(*static, *unlisted, *(f"cadence of {name}" for name in incomplete)),
-            drifted=(*([] if static else _drift(connection, MetaTable.metadata)), *found.drifted),
+            drifted=(*([] if static else _static_drift(connection)), *found.drifted),
             missing=tuple(sorted({*MetaTable.metadata.tables} - present | {*found.creations} - {*unlisted})),
             problems=tuple(problems),
         )
@@ -297,7 +297,8 @@ def _compare(connection: Connection, storages: Sequence[Storage]) -> Comparison:
         "SELECT relname FROM pg_class WHERE relname = ANY(%(names)s) AND relkind NOT IN ('r', 'p') AND pg_table_is_visible(oid)"
     )
     others = {name for (name,) in fetch(connection, statement, {"names": names})}
-    creations = {o.table_name: o for o in _operations(connection, metadata) if isinstance(o, ops.CreateTableOp)}
+    operations = _operations(connection, metadata)
+    creations = {o.table_name: o for o in operations if isinstance(o, ops.CreateTableOp)}
     keys = inspect(connection).get_multi_pk_constraint(filter_names=names)
     key_of = {table: constraint["constrained_columns"] for (_, table), constraint in keys.items() if constraint}
     wrong_keys = [
@@ -307,7 +308,7 @@ def _compare(connection: Connection, storages: Sequence[Storage]) -> Comparison:
     ]
     no_tables = [f"{name}: it is no table" for name in sorted(others)]
     creations = {name: creation for name, creation in creations.items() if name not in others}
-    return Comparison(storages, creations, [*_drift(connection, metadata), *wrong_keys, *no_tables])
+    return Comparison(storages, creations, [*_collations(connection, metadata), *_differences(operations), *wrong_keys, *no_tables])
 
 
 def _make(connection: Connection, found: Comparison, collisions: list[StorageCollision]) -> list[str]:
@@ -347,13 +348,19 @@ def _operations(connection: Connection, metadata: MetaData) -> list[ops.MigrateO
     return list(script.upgrade_ops.ops)
 
 
-def _drift(connection: Connection, metadata: MetaData) -> list[str]:
+def _static_drift(connection: Connection) -> list[str]:
+    return [*_collations(connection, MetaTable.metadata), *_differences(_operations(connection, MetaTable.metadata))]
+
+
+def _differences(operations: Iterable[ops.MigrateOperation]) -> list[str]:
     """In what the tables that exist differ: columns and keys. An index, a comment or a table of somebody's own is no harm."""
-    found = _collations(connection, metadata)
-    for operation in _operations(connection, metadata):
-        if isinstance(operation, ops.ModifyTableOps):
-            found += [f"{operation.table_name}: {text}" for inner in operation.ops if (text := _difference(inner))]
-    return found
+    return [
+        f"{operation.table_name}: {text}"
+        for operation in operations
+        if isinstance(operation, ops.ModifyTableOps)
+        for inner in operation.ops
+        if (text := _difference(inner))
+    ]
 
 
 def _collations(connection: Connection, metadata: MetaData) -> list[str]:

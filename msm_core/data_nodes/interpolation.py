@@ -63,7 +63,7 @@ class PricesKind:
         sessions = _node_sessions(connection, nodes, as_of)
         groups: list[Group] = []
         errors: dict[str, MsmError] = {}
-        for _, members in _by_storage(nodes).items():
+        for members in _by_storage(nodes).values():
             source = sources.get(members[0].source_time_index_meta_table_uid)
             if source is None:
                 uid = str(members[0].source_time_index_meta_table_uid)

@@ -124,6 +124,7 @@ def test_wrong_rows_exit_with_4(run_cli: Cli, engine: Engine, tmp_path: Path, ca
     text = lines(capsys, monkeypatch, *load)
     assert "3,000 errors, nothing was loaded; the first 20" in text
     assert "[/odd 19]" in text  # names of others are no markup
+    assert "\\" not in text  # and are not escaped twice
     assert "[/odd 20]" not in text
     assert "errors.csv" in text
     assert text.endswith("exit 4")
