@@ -160,7 +160,8 @@ class _Run:
         deadline = time.monotonic() + BUSY_SECONDS_MAX
         while True:
             plan = self.plan(configurations, failed_before, signals)
-            for result in self.execute(plan):
+            landed = {key for key, r in results.items() if r.status == "landed"}
+            for result in self.execute(plan, landed):
                 results[result.kind, result.identifier] = result
             busy = {key for key, r in results.items() if r.status == "busy"}
             if not busy or time.monotonic() > deadline:
@@ -187,13 +188,19 @@ class _Run:
                 ensure_progress(connection, scopes)
         return plan
 
-    def execute(self, plan: Plan) -> list[NodeResult]:
+    def execute(self, plan: Plan, landed: Collection[Key] = ()) -> list[NodeResult]:
+        """Results of the plan's nodes. One that has `landed` in this run, and is asked again beside a busy one, has still landed."""
         reasons = plan.reasons()
-        results = plan.settled()
-        self._publish(plan, results, reasons)
+        results: list[NodeResult] = []
+
+        def note(found: Sequence[NodeResult]) -> None:
+            news = [r for r in found if r.status != "up_to_date" or (r.kind, r.identifier) not in landed]
+            results.extend(news)
+            self._publish(plan, news, reasons)
+
+        note(plan.settled())
         for batch in _Flight(plan, self).results():
-            results += batch
-            self._publish(plan, batch, reasons)
+            note(batch)
         return results
 
     def _publish(self, plan: Plan, results: Sequence[NodeResult], reasons: dict[Key, str]) -> None:

@@ -502,7 +502,7 @@ def test_an_asset_that_a_rival_holds_is_busy_and_the_rest_lands(engine, market, 
     batch = planned(engine, prices)
     with held(engine, "a3"):
         assert statuses(update_batch(engine, batch)) == {a: "busy" if a == "a3" else "landed" for a in ASSETS}
-        monkeypatch.setattr(driver, "BUSY_SECONDS_MAX", 0.05)
+        monkeypatch.setattr(driver, "BUSY_SECONDS_MAX", 0.5)  # asked again and again, while q has landed at once
         monkeypatch.setattr(driver, "BUSY_PAUSE_SECONDS", 0.02)
         report = factories.run(engine, [portfolio("p", prices, "a3", "a4"), portfolio("q", prices, "a4")], END)
         assert factories.statuses(report) == {"p": "busy", "q": "landed"}
