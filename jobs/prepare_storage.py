@@ -11,6 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from msm_core.data_nodes.planning import price_sources_of
 from msm_core.database import get_engine
 from msm_ray.fleet import load_fleet
 from msm_ray.prepare import prepare
@@ -26,7 +27,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     engine, fleet = get_engine(), load_fleet(arguments.file) if arguments.file else None
-    done = prepare(engine, [c.price_source for c in fleet.portfolios] if fleet else stored_price_sources(engine))
+    done = prepare(engine, price_sources_of(fleet.portfolios) if fleet else stored_price_sources(engine))
     print(f"{len(done.pending)} revisions and tables applied")
     if fleet:
         print(f"{store_fleet(engine, fleet)} configurations new or changed")

@@ -31,11 +31,12 @@ def main() -> int:
     parser.add_argument("--task-timeout", type=float, default=1800.0, help="wall-clock limit of one batch, seconds")
     arguments = parser.parse_args()
     engine = get_engine()
-    configurations, signals = choose_portfolios(engine, arguments.file, arguments.select)
+    configurations, signals, unreadable = choose_portfolios(engine, arguments.file, arguments.select)
     options = Options(
         batch_size=arguments.batch_size,
         full_refresh=arguments.full_refresh,
         signals_selected=signals,
+        unreadable=unreadable,
         arguments={"job": "run_fleet", "select": arguments.select},
     )
     executor = make_executor("ray", arguments.task_timeout)

@@ -8,12 +8,13 @@ from datetime import date, timedelta
 from enum import StrEnum
 from functools import cached_property
 from typing import Annotated, Any, Literal, Self
-from uuid import UUID
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, SerializeAsAny, field_validator
+from pydantic import BeforeValidator, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
 
+from msm_core.alignment import PriceAlignmentPolicy
 from msm_core.frames import format_frequency, parse_frequency
-from msm_core.identity import Kinds, Spec, identity
+from msm_core.identity import Spec, identity
+from msm_core.price_sources import AnyPriceSource, PriceSource
 from msm_core.rebalance_strategy import REBALANCE_STRATEGIES, RebalanceStrategy
 from msm_core.signals import SIGNALS, Signal
 from msm_core.valuation import WeightAccounting
@@ -27,72 +28,40 @@ class PriceTypeNames(StrEnum):
     VWAP = "vwap"
 
 
-SourceKey = tuple[UUID, tuple[str, str] | None]
-
-
-class PriceSource(Spec):
-    """Any node that exposes price rows keyed by (time_index, asset_identifier); only where they are, never who wrote them."""
-
-    @property
-    def source_uid(self) -> UUID:
-        """Catalogue uid of the storage that is read or, where there is a policy, of the one that is interpolated."""
-        raise NotImplementedError
-
-    @property
-    def policy(self) -> tuple[str, str] | None:
-        """(frequency, rule) of an interpolation; None: the storage is read as it is."""
-        return None
-
-    @property
-    def asset_list(self) -> tuple[str, ...] | None:
-        """Assets that an interpolation is for; None: those that the portfolios need."""
-        return None
-
-    @property
-    def key(self) -> SourceKey:
-        """What tells price sources apart; two of the same key read the same storage."""
-        return self.source_uid, self.policy
-
-    @property
-    def pointer(self) -> "PriceSource":
-        """What a configuration holds of this source: never a producer of prices, only where they are."""
-        return self
-
-    @property
-    def identity_payload(self) -> dict[str, Any]:
-        return self.model_dump(exclude_none=True)
-
-
-PRICE_SOURCES: Kinds[PriceSource] = Kinds("price source")
-
 AnySignal = Annotated[SerializeAsAny[Signal], BeforeValidator(SIGNALS.parse)]
 AnyRebalanceStrategy = Annotated[SerializeAsAny[RebalanceStrategy], BeforeValidator(REBALANCE_STRATEGIES.parse)]
-AnyPriceSource = Annotated[SerializeAsAny[PriceSource], BeforeValidator(PRICE_SOURCES.parse), AfterValidator(lambda s: s.pointer)]
+
+
+class CashRate(Spec):
+    """What cash earns (or costs, where weights sum to more than 1): an annual rate from a registered source, accrued between valuations.
+
+    source           storage of the rate, keyed (time_index, asset_identifier)
+    identifier       the rate's asset_identifier in it
+    column           numeric column; 0.05 = 5 % a year
+    day_count        days of a year
+    forward_fill     how long a published rate stays valid: valuation waits for a newer one after that
+    """
+
+    kind: Literal["cash_rate"] = "cash_rate"
+    source: AnyPriceSource
+    identifier: str = Field(min_length=1, max_length=255)
+    column: str = Field(default="close", min_length=1, max_length=63)
+    day_count: Literal[360, 365] = 365
+    forward_fill: timedelta = Field(default=timedelta(days=7), gt=timedelta(0))
 
 
 class PortfolioExecutionConfiguration(Spec):
-    """What trading costs and how weights are accounted for.
+    """What trading costs, what cash earns, and how weights are accounted for.
 
     commission_fee     fraction of traded value, 0.00018 = 1.8 basis points
     weight_accounting  drifted: self-financing; target: constant mix, re-set at every valuation time
+    cash_rate          rate that 1 - sum of weights earns; none: nothing
     """
 
     kind: Literal["execution"] = "execution"
     commission_fee: float = Field(default=0.00018, ge=0, lt=1)
     weight_accounting: WeightAccounting = "drifted"
-
-
-class PriceAlignmentPolicy(Spec):
-    """Which bar prices an asset at a valuation time.
-
-    maximum_staleness  the last bar at or before t counts if it is at most this old; 0 = a bar at t itself
-    missing            fail: an unusable price (NaN, 0, negative, infinite) fails the portfolio;
-                       hold: it counts as no bar, so the last good one is held, within the staleness
-    """
-
-    kind: Literal["price_alignment"] = "price_alignment"
-    missing: Literal["fail", "hold"] = "fail"
-    maximum_staleness: timedelta = Field(default=timedelta(0), ge=timedelta(0))
+    cash_rate: CashRate | None = None
 
 
 class BacktestingWeightsConfig(Spec):
@@ -118,6 +87,13 @@ class PortfolioBuildConfiguration(Spec):
     price_alignment_policy: PriceAlignmentPolicy = PriceAlignmentPolicy()
     execution_configuration: PortfolioExecutionConfiguration = PortfolioExecutionConfiguration()
     backtesting_weights_configuration: BacktestingWeightsConfig
+
+    @model_validator(mode="after")
+    def _open_is_known(self) -> Self:
+        strategy = self.backtesting_weights_configuration.rebalance_strategy_instance
+        if strategy.trades_at_open and parse_frequency(self.portfolio_prices_frequency) >= timedelta(days=1):
+            raise ValueError(f"{strategy.kind} trades at the open: portfolio_prices_frequency must be intraday, such as 30m, not 1d")
+        return self
 
     @field_validator("price_column", mode="before")
     @classmethod

@@ -1,48 +1,40 @@
 """Portfolio construction, pure: from prices, signal vectors and stored state to the rows of one update window.
 
-The window of a portfolio starts at its own watermark and ends where the first of its required assets ends. Nothing here knows other
-portfolios, the clock or the database, so batches, workers and splits cannot reach the numbers.
+The window of a portfolio starts at its own watermark and ends where the first of its required assets ends. Three steps: `prepared`
+finds the window and the events of one portfolio, `msm_core.execution` makes trades of the events of many, `finished` values one.
+Nothing here knows other portfolios, the clock or the database, so batches, workers and splits cannot reach the numbers.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
-from msm_core.configuration import PortfolioConfiguration, PriceAlignmentPolicy
+from msm_core.alignment import Market
+from msm_core.cash import CashAccount
+from msm_core.configuration import PortfolioConfiguration
+from msm_core.decisions import decided_events
 from msm_core.errors import MissingPrices, ScopeUndetermined
-from msm_core.frames import NEVER, TICK, Floats, LastTrade, Series, Times
-from msm_core.sessions import Sessions
+from msm_core.execution import Job, execute, tape_of
+from msm_core.frames import TICK, Floats, LastTrade, Times
 from msm_core.signals import Vectors
-from msm_core.valuation import ACCOUNTINGS, Bars, Events, Opening, Trades
+from msm_core.valuation import ACCOUNTINGS, Bars, Opening, Order, Trades
+
+SEARCHED = 64  # sessions at a time
 
 
 @dataclass(frozen=True)
-class Market:
-    """Prices of one source aligned to the valuation times of one calendar; shared by every portfolio that asks for the same.
+class OpenOrder:
+    """What is stored of an order under way: what is still to do of each asset, and what its session has used up.
 
-    grid      (T,) valuation times
-    assets    (A,) bytewise order
-    prices, bar_times, fresh, volumes  (T, A) as in `Bars`
-    first_bar, last_bar  (A,) when the first and the last bar that were read became known; NaT where there is none
+    goals  target weights, NaN = nothing is to be done; active_from NaT = of no asset
     """
 
-    source: str
-    column: str
-    sessions: Sessions
-    grid: Times
+    active_from: np.datetime64
     assets: tuple[str, ...]
-    prices: Floats
-    bar_times: Times
-    fresh: np.ndarray
-    volumes: Floats
-    first_bar: Times
-    last_bar: Times
-    policy: PriceAlignmentPolicy
-
-    def columns(self, assets: Sequence[str]) -> np.ndarray:
-        place = {asset: i for i, asset in enumerate(self.assets)}
-        return np.array([place[a] for a in assets], dtype=np.int64)
+    goals: Floats
+    used: Floats
 
 
 @dataclass(frozen=True)
@@ -54,11 +46,29 @@ class State:
     calculated_close: float
     trade_value: float
     last_trade: LastTrade
+    order: OpenOrder | None = None
+
+    def held(self) -> tuple[str, ...]:
+        """Assets that it holds, and those that it is about to."""
+        return tuple(sorted({*self.last_trade.held(), *(self.order.assets if self.order else ())}))
+
+
+@dataclass(frozen=True)
+class Window:
+    """One portfolio about to be executed: rows of the market's grid, over `assets` (N,)."""
+
+    configuration: PortfolioConfiguration
+    market: Market
+    rows: slice
+    assets: tuple[str, ...]
+    bars: Bars
+    job: Job
+    state: State | None
 
 
 @dataclass(frozen=True)
 class Construction:
-    """Rows of one update: values at `times` (T,), and one vector over `assets` (N,) per trade (K, N)."""
+    """Rows of one update: values at `times` (T,), one vector over `assets` (N,) per trade (K, N), and the order that is left."""
 
     times: Times
     close: Floats
@@ -66,57 +76,21 @@ class Construction:
     calculated_close: Floats
     assets: tuple[str, ...]
     bars: Bars
+    opening: Opening
     trades: Trades
-    prices_before: Floats
-    volumes_before: Floats
+
+    @cached_property
+    def prices_before(self) -> Floats:
+        """(K, N) price of the trade that struck the position that each trade changes; NaN where there was none."""
+        return _before(self.opening.prices, self.bars.prices, self.trades)
+
+    @cached_property
+    def volumes_before(self) -> Floats:
+        """(K, N) volume of the bar of that trade; NaN where there was none, or it is unknown."""
+        return _before(self.opening.volumes, self.bars.volumes, self.trades)
 
 
-# -- alignment ----------------------------------------------------------------------------------------------------------------
-
-
-def align(
-    series: Mapping[str, Series], assets: Sequence[str], sessions: Sessions, grid: Times, policy: PriceAlignmentPolicy, source: str,
-    column: str, time_label: str,
-) -> Market:  # fmt: skip
-    """The price of an asset at t is its last bar known at or before t, if t - bar time <= maximum_staleness.
-
-    A bar labelled `session_date` becomes known at that session's close; one whose date is no session belongs to none and is left out.
-    """
-    shape = (len(grid), len(assets))
-    prices, volumes = np.full(shape, np.nan), np.full(shape, np.nan)
-    bar_times, first_bar, last_bar = np.full(shape, NEVER), np.full(len(assets), NEVER), np.full(len(assets), NEVER)
-    for i, asset in enumerate(assets):
-        bars = _known(series[asset], sessions, time_label) if asset in series else None
-        if bars is None or not len(bars.times):
-            continue
-        first_bar[i], last_bar[i] = bars.times[[0, -1]]  # of all bars: a bad last one must be told, not dropped
-        bars = _usable(bars) if policy.missing == "hold" else bars
-        index = np.searchsorted(bars.times, grid, side="right") - 1
-        known = index >= 0
-        bar_times[known, i], prices[known, i], volumes[known, i] = (
-            array[index[known]] for array in (bars.times, bars.values, bars.volumes)
-        )
-    fresh = ~np.isnat(bar_times) & (grid[:, None] - bar_times <= np.timedelta64(policy.maximum_staleness))
-    prices[~fresh], volumes[~fresh] = np.nan, np.nan
-    return Market(source, column, sessions, grid, tuple(assets), prices, bar_times, fresh, volumes, first_bar, last_bar, policy)
-
-
-def _known(bars: Series, sessions: Sessions, time_label: str) -> Series:
-    """Bars stamped with the instant at which they became known."""
-    if time_label == "close":
-        return bars
-    dates = sessions.labelled_dates(bars.times)
-    row = np.searchsorted(sessions.dates, dates)
-    is_session = np.isin(dates, sessions.dates)
-    return Series(sessions.closes[row[is_session]], bars.values[is_session], bars.volumes[is_session])
-
-
-def _usable(bars: Series) -> Series:
-    good = np.isfinite(bars.values) & (bars.values > 0)
-    return Series(bars.times[good], bars.values[good], bars.volumes[good])
-
-
-# -- window and events --------------------------------------------------------------------------------------------------------
+# -- window -------------------------------------------------------------------------------------------------------------------
 
 
 def required_assets(configuration: PortfolioConfiguration, held: Sequence[str]) -> tuple[str, ...]:
@@ -130,12 +104,13 @@ def required_assets(configuration: PortfolioConfiguration, held: Sequence[str]) 
 def window_end(
     configuration: PortfolioConfiguration, market: Market, state: State | None, as_of: np.datetime64, signal_end: np.datetime64 | None
 ) -> np.datetime64:
-    """Last instant that may be valued: min over required assets of their last bar, the signal's validity, and `as_of`.
+    """Last instant that may be valued: min over required assets of their last bar, the signal's reach, and `as_of`.
 
-    Raises MissingPrices for a fresh portfolio with assets that have no bar at all.
+    An asset that is past its `delisted_on` by then bounds nothing. Raises MissingPrices for a fresh portfolio with assets that have no
+    bar at all.
     """
-    required = required_assets(configuration, state.last_trade.held() if state else ())
-    last = market.last_bar[market.columns(required)]
+    required = required_assets(configuration, state.held() if state else ())
+    last = market.covered_through(as_of)[market.columns(required)]
     if np.isnat(last).any():
         if state is not None:
             return state.watermark  # nothing new of that asset: exhausted
@@ -144,47 +119,96 @@ def window_end(
     return min(t for t in (last.min(), signal_end, as_of) if t is not None)
 
 
-def construct(
-    configuration: PortfolioConfiguration, market: Market, vectors: Vectors, state: State | None, end: np.datetime64
-) -> Construction | None:
-    """The rows after the watermark through `end`, or None where there are none: an exhausted window, or no purchase yet.
+def prepared(
+    configuration: PortfolioConfiguration, market: Market, vectors: Vectors, state: State | None, end: np.datetime64,
+    cash: CashAccount | None = None,
+) -> Window | None:  # fmt: skip
+    """The window after the watermark through `end`, or None where there is none: exhausted, or no purchase yet.
 
-    Raises what is wrong with this portfolio (prices, calendar range, value) with asset, time and value.
+    Raises what is wrong with this portfolio before anything is traded: prices, calendar range, limits of weights.
     """
-    if state is None:
-        begin, after = _begin(configuration, market, vectors, end)
-    else:
-        begin, after = None, state.watermark
+    after = state.watermark if state else _begin(configuration, market, vectors, end)
+    if state is not None:
         market.sessions.require(after, end)
     rows = slice(int(np.searchsorted(market.grid, after, "right")), int(np.searchsorted(market.grid, end, "right")))
     if rows.stop <= rows.start:
         return None
-    assets = tuple(sorted({*vectors.assets, *(state.last_trade.held() if state else ())}))
+    assets = tuple(sorted({*vectors.assets, *(state.held() if state else ())}))
     bars, opening = _bars(market, assets, rows), _opening(state, assets)
-    events = _events(configuration, market.sessions, vectors, bars, begin, after, end)
+    levels = None
+    if cash is not None:
+        cash.require(state.last_trade.time if state else market.grid[rows][0], market.grid[rows][-1])
+        levels = np.ones(len(market.grid))
+        levels[rows] = cash.at(market.grid[rows])
+        bars = replace(bars, cash=levels[rows], opening_cash=float(cash.at(state.watermark)) if state else 1.0)
+        opening = replace(opening, cash=float(cash.at(state.last_trade.time)) if state else 1.0)
+    events = decided_events(configuration, market.sessions, vectors, bars, state is None, after, end)
+    job = Job(rows, market.columns(assets), events, opening, configuration.execution.commission_fee, levels)
+    return Window(configuration, market, rows, assets, bars, job, state)
+
+
+def executed(windows: Sequence[Window]) -> list[Trades | Exception]:
+    """The trades of each window, or what is wrong. Windows of one market whose strategies trade alike go through one loop over bars."""
+    done: dict[int, Trades | Exception] = {}
+    groups: dict[tuple[int, str, str, bool], list[int]] = {}
+    for i, window in enumerate(windows):
+        execution = window.configuration.execution
+        key = (id(window.market), window.configuration.rebalance.execution_key, execution.weight_accounting, window.bars.cash is not None)
+        groups.setdefault(key, []).append(i)
+    for members in groups.values():
+        done |= zip(members, _executed([windows[i] for i in members]), strict=True)
+    return [done[i] for i in range(len(windows))]
+
+
+def _executed(windows: Sequence[Window]) -> Sequence[Trades | Exception]:
+    """One by one where a strategy raises: it may be about one portfolio."""
+    configuration, market = windows[0].configuration, windows[0].market
+    try:
+        tape = tape_of(market, market.sessions.valuation_times(configuration.frequency))
+        drifts = configuration.execution.weight_accounting == "drifted"
+        return execute(configuration.rebalance, market, tape, [window.job for window in windows], drifts)
+    except Exception as error:
+        return [error] if len(windows) == 1 else [trades for window in windows for trades in _executed([window])]
+
+
+def finished(window: Window, trades: Trades) -> Construction | None:
+    """The rows of a window, or None where nothing was bought yet. Raises what is wrong with asset, time and value."""
+    configuration, market, bars, opening, state = window.configuration, window.market, window.bars, window.job.opening, window.state
     account = ACCOUNTINGS[configuration.execution.weight_accounting]
-    valuation = account(bars, events, configuration.execution.commission_fee, opening, configuration.identifier)
-    begun = ~np.isnan(valuation.values)
+    values = account(bars, trades, opening, configuration.execution.commission_fee, configuration.identifier)
+    begun = ~np.isnan(values)
     if not begun.any():
         return None
-    published = _published(configuration, market, rows, valuation.values, begun)
+    published = _published(configuration, market, window.rows, values, begun)
     previous = state.close if state else (1.0 if configuration.signal.override_asset is None else published[0])
-    prices_before, volumes_before = _struck(bars, opening, valuation.trades)
     return Construction(
         times=bars.times[begun],
         close=published,
         returns=published / np.append(previous, published[:-1]) - 1.0,
-        calculated_close=valuation.values[begun],
-        assets=assets,
+        calculated_close=values[begun],
+        assets=window.assets,
         bars=bars,
-        trades=valuation.trades,
-        prices_before=prices_before,
-        volumes_before=volumes_before,
+        opening=opening,
+        trades=trades,
     )
 
 
-def _begin(configuration: PortfolioConfiguration, market: Market, vectors: Vectors, end: np.datetime64) -> tuple[int, np.datetime64]:
-    """First session that may decide for a fresh portfolio, and the instant after which its rows may lie (`end` = none yet).
+def construct(
+    configuration: PortfolioConfiguration, market: Market, vectors: Vectors, state: State | None, end: np.datetime64,
+    cash: CashAccount | None = None,
+) -> Construction | None:  # fmt: skip
+    """All three steps for one portfolio."""
+    window = prepared(configuration, market, vectors, state, end, cash)
+    if window is None:
+        return None
+    trades = executed([window])[0]
+    if isinstance(trades, Exception):
+        raise trades
+    return finished(window, trades)
+
+
+def _begin(configuration: PortfolioConfiguration, market: Market, vectors: Vectors, end: np.datetime64) -> np.datetime64:
+    """The instant after which the rows and decisions of a fresh portfolio may lie; `end` = there are none yet.
 
     From `start_date` where one is given; else the first session at which every asset of the target valid there has a price.
     Raises CalendarRangeError when the calendar begins later than that.
@@ -193,20 +217,25 @@ def _begin(configuration: PortfolioConfiguration, market: Market, vectors: Vecto
     if configuration.start_date is not None:
         earliest = np.datetime64(configuration.start_date, "us")
         begin = int(np.searchsorted(sessions.dates, earliest.astype("datetime64[D]")))
-    else:
-        earliest = _priced_from(market, vectors)
-        begin = _first_priced_session(configuration, market, vectors, end)
+        if earliest > end:
+            return end
+        sessions.require(earliest, end)
+        return sessions.opens[begin] if begin < len(sessions.dates) else end
+    earliest = _priced_from(market, vectors)
+    begin = _first_priced_session(configuration, market, vectors, end)
     if earliest > end:
-        return begin, end
+        return end
     sessions.require(earliest, end)
-    return begin, (sessions.closes[begin] - TICK if begin < len(sessions.closes) else end)
+    return sessions.closes[begin] - TICK if begin < len(sessions.closes) else end
 
 
 def _priced_from(market: Market, vectors: Vectors) -> np.datetime64:
     """The first instant at which some vector is known and all it wants has had its first bar; one that wants nothing waits for all."""
-    wanted = vectors.weights != 0
+    columns = market.columns(vectors.assets)
+    wanted = (vectors.weights != 0) & ~market.gone(columns, vectors.times)
     wanted[~wanted.any(axis=1)] = True
-    first_bars = np.where(wanted, market.first_bar[market.columns(vectors.assets)], vectors.times[:, None])
+    wanted &= ~(np.isnat(market.first_bar) & ~np.isnat(market.gone_from))[columns]  # delisted before anything was read of it
+    first_bars = np.where(wanted, market.first_bar[columns], vectors.times[:, None])
     return np.maximum(first_bars.max(axis=1), vectors.times).min()
 
 
@@ -217,54 +246,34 @@ def _first_priced_session(configuration: PortfolioConfiguration, market: Market,
     valuation times, for example of another calendar, would leave a portfolio waiting in silence for ever.
     """
     sessions = market.sessions
-    candidates = np.flatnonzero(np.isin(sessions.closes, market.grid) & (sessions.closes <= end))
-    target = vectors.valid_at(sessions.closes[candidates], configuration.signal.maximum_forward_fill)
-    rows = np.searchsorted(market.grid, sessions.closes[candidates])
-    prices = market.prices[rows][:, market.columns(vectors.assets)]
-    ready = (target >= 0) & ((vectors.weights[target] == 0) | (np.isfinite(prices) & (prices > 0))).all(axis=1)
-    if ready.any():
-        return int(candidates[ready.argmax()])
-    listed = market.first_bar[market.columns(vectors.assets)] <= sessions.closes[candidates][:, None]
-    due = (target >= 0) & ((vectors.weights[target] == 0) | listed).all(axis=1)
+    if not len(market.grid):
+        return len(sessions.closes)
+    on_grid = market.grid.take(np.searchsorted(market.grid, sessions.closes), mode="clip") == sessions.closes
+    candidates = np.flatnonzero(on_grid & (sessions.closes <= end))
+    columns = market.columns(vectors.assets)
+    for begin in range(0, len(candidates), SEARCHED):  # almost always one of the first is it
+        part = candidates[begin : begin + SEARCHED]
+        target, unwanted = _wants(configuration, market, vectors, part)
+        prices = market.prices[np.searchsorted(market.grid, sessions.closes[part])].take(columns, axis=1)
+        ready = (target >= 0) & (unwanted | (np.isfinite(prices) & (prices > 0))).all(axis=1)
+        if ready.any():
+            return int(part[ready.argmax()])
+    target, unwanted = _wants(configuration, market, vectors, candidates)
+    listed = market.first_bar[columns] <= sessions.closes[candidates][:, None]
+    due = (target >= 0) & (unwanted | listed).all(axis=1)
     if due.any():
         first = int(due.argmax())
-        bars = _bars(market, vectors.assets, slice(rows[first], rows[first] + 1))
-        bars.require(vectors.weights[target[first]][None, :] != 0, configuration.identifier)
+        row = int(np.searchsorted(market.grid, sessions.closes[candidates[first]]))
+        bars = _bars(market, vectors.assets, slice(row, row + 1))
+        bars.require(~unwanted[first][None, :], configuration.identifier)
     return len(sessions.closes)
 
 
-def _events(
-    configuration: PortfolioConfiguration, sessions: Sessions, vectors: Vectors, bars: Bars, begin: int | None, after: np.datetime64,
-    end: np.datetime64,
-) -> Events:  # fmt: skip
-    """Trades of the window: targets decided at session closes, executed `execution_lag` sessions later, at closes in (after, end].
-
-    `begin` is the first session that may decide, for a fresh portfolio; an old one has decided since long before.
-    """
-    strategy = configuration.rebalance
-    through = int(np.searchsorted(sessions.closes, end, "right")) - 1
-    target = vectors.valid_at(sessions.closes, configuration.signal.maximum_forward_fill)
-    changed = _changed(vectors, target)
-    if begin is not None and begin < len(changed):
-        changed[begin] = True
-    deciding = through - strategy.execution_lag  # a later decision is executed after the window
-    decided = np.flatnonzero(strategy.decisions(sessions, target, changed, deciding)[: max(deciding + 1, 0)])
-    decided = decided[decided >= begin] if begin is not None else decided
-    closes = sessions.closes[decided + strategy.execution_lag]
-    decided, closes = decided[closes > after], closes[closes > after]
-    place = {asset: i for i, asset in enumerate(bars.assets)}
-    targets = np.zeros((len(decided), len(bars.assets)))
-    targets[:, [place[a] for a in vectors.assets]] = vectors.weights[target[decided]]
-    return Events(np.searchsorted(bars.times, closes), targets)
-
-
-def _changed(vectors: Vectors, target: np.ndarray) -> np.ndarray:
-    """(S,) the vector valid at a session differs in content from the one valid a session earlier."""
-    previous = np.append(-1, target[:-1])
-    changed = target != previous
-    both = changed & (target >= 0) & (previous >= 0)
-    changed[both] = (vectors.weights[target[both]] != vectors.weights[previous[both]]).any(axis=1)
-    return changed
+def _wants(configuration: PortfolioConfiguration, market: Market, vectors: Vectors, sessions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(S,) vector valid at the closes of some sessions, -1 = none, and mask (S, N) of assets that it can do without."""
+    closes = market.sessions.closes[sessions]
+    target = vectors.valid_at(closes, configuration.signal.maximum_forward_fill)
+    return target, (vectors.weights[target] == 0) | market.gone(market.columns(vectors.assets), closes)
 
 
 # -- assembling ---------------------------------------------------------------------------------------------------------------
@@ -275,10 +284,8 @@ def _bars(market: Market, assets: tuple[str, ...], rows: slice) -> Bars:
     return Bars(
         times=market.grid[rows],
         assets=assets,
-        prices=market.prices[rows][:, columns],
-        bar_times=market.bar_times[rows][:, columns],
-        fresh=market.fresh[rows][:, columns],
-        volumes=market.volumes[rows][:, columns],
+        prices=market.prices[rows].take(columns, axis=1),
+        details=lambda name: getattr(market, name)[rows].take(columns, axis=1),
         opening_prices=market.prices[rows.start - 1][columns] if rows.start else np.full(len(assets), np.nan),
         column=market.column,
         staleness=str(market.policy.maximum_staleness),
@@ -293,7 +300,16 @@ def _opening(state: State | None, assets: tuple[str, ...]) -> Opening:
     held = np.array([place.get(a, -1) for a in assets], dtype=np.int64)
     weights = np.where(held >= 0, trade.weights[held], 0.0)
     prices, volumes = (np.where(held >= 0, column[held], np.nan) for column in (trade.prices, trade.volumes))
-    return Opening(True, state.calculated_close, state.trade_value, weights, prices, volumes)
+    return Opening(True, state.calculated_close, state.trade_value, weights, prices, volumes, order=_order(state, assets))
+
+
+def _order(state: State, assets: tuple[str, ...]) -> Order | None:
+    if state.order is None:
+        return None
+    place = {asset: i for i, asset in enumerate(state.order.assets)}
+    own = np.array([place.get(a, -1) for a in assets], dtype=np.int64)
+    goals, used = np.where(own >= 0, state.order.goals[own], np.nan), np.where(own >= 0, state.order.used[own], 0.0)
+    return Order(state.watermark, goals, state.order.active_from, used)
 
 
 def _published(configuration: PortfolioConfiguration, market: Market, rows: slice, values: Floats, begun: np.ndarray) -> Floats:
@@ -306,11 +322,9 @@ def _published(configuration: PortfolioConfiguration, market: Market, rows: slic
     return bars.prices[begun, 0]
 
 
-def _struck(bars: Bars, opening: Opening, trades: Trades) -> tuple[Floats, Floats]:
-    """(K, N) price and volume of the trade that struck the position that each trade changes; NaN where there was none."""
-    none = trades.before == 0
-    struck = [
-        np.where(none, np.nan, np.vstack([first, later[trades.rows[:-1]]])) if len(trades.rows) else trades.before
-        for first, later in ((opening.prices, bars.prices), (opening.volumes, bars.volumes))
-    ]
-    return struck[0], struck[1]
+def _before(first: Floats, later: Floats, trades: Trades) -> Floats:
+    struck = np.empty_like(trades.before)
+    struck[:1] = first
+    struck[1:] = later[trades.rows[:-1]]
+    struck[trades.before == 0] = np.nan
+    return struck

@@ -205,6 +205,31 @@ class InvalidPrice(MsmError):
     message = "{portfolio}: {column} of {asset} at {time} is {value}; a price must be finite and above 0. Correct the source."
 
 
+class InvalidInput(MsmError):
+    message = "{owner}: {column} of {asset} at {time} in {source} is {value}, which is no usable number. Correct the source."
+
+
+class UnexpectedAsset(MsmError):
+    message = (
+        "{owner}: {source} gives {asset} at {time} the weight {value}, but asset_list does not name it. "
+        "Add it to asset_list, or remove the row."
+    )
+
+
+class RepeatedWeight(MsmError):
+    message = "{owner}: {source} gives {asset} at {time} two weights, {value} and {other}. Remove one of the rows."
+
+
+class FitFailed(MsmError):
+    """An estimator found no weights, or none that are near enough to its own."""
+
+    message = "signal {signal}: {estimator} found no weights at {time}: {why}. {remedy}."
+
+
+class PackageMissing(MsmError):
+    message = "{owner} needs {package}, which is not installed here: {remedy}."
+
+
 class MisplacedBar(MsmError):
     message = (
         "{source}: the bar of {asset} at {time} belongs to no session of {calendar}: that of {date} is {opens} to {closes}. "
@@ -238,6 +263,28 @@ class PriceGap(MsmError):
 
 class InvalidWeight(MsmError):
     message = "{owner}: weight of {asset} at {time} is {value}; a weight must be finite. Correct the signal."
+
+
+class WeightOutOfBounds(MsmError):
+    message = (
+        "{portfolio}: the {what} wanted at {time} is {value}, outside {lowest}..{highest}. Correct the signal, or the limits of the "
+        "rebalance strategy (violation: clip cuts to them)."
+    )
+
+
+class NoSuchEvent(MsmError):
+    message = "calendar {calendar} has no event of type {event!r}; it has: {known}. Store them with CalendarEvent, or correct event_type."
+
+
+class EmptyWindow(MsmError):
+    message = (
+        "{kind}: no valuation time of calendar {calendar} lies in {start}..{end} local time, so nothing would ever trade (its last session "
+        "closes {last} after midnight). Correct rebalance_start and rebalance_end."
+    )
+
+
+class MissingRate(MsmError):
+    message = "cash rate {rate} of {source} is not known for {time}. Load it, start the portfolio later, or widen the rate's forward_fill."
 
 
 class InvalidValue(MsmError):

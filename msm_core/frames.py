@@ -23,11 +23,20 @@ BEGINNING = datetime.min.replace(tzinfo=UTC)  # before every bar
 
 @dataclass(frozen=True)
 class Series:
-    """Bars of one asset in time order: times (B,), values (B,) of the price column as stored, volumes (B,) NaN where unknown."""
+    """Bars of one asset in time order: times (B,), values (B,) of the price column as stored, volumes (B,) NaN where unknown.
+
+    liquidity  (B,) of the column that a strategy asks for beside the price; None where none was asked for
+    """
 
     times: Times
     values: Floats
     volumes: Floats
+    liquidity: Floats | None = None
+
+    def kept(self, rows: np.ndarray) -> "Series":
+        """The bars that a mask keeps."""
+        liquidity = None if self.liquidity is None else self.liquidity[rows]
+        return Series(self.times[rows], self.values[rows], self.volumes[rows], liquidity)
 
 
 @dataclass(frozen=True)
@@ -53,16 +62,16 @@ class LastTrade:
         return tuple(a for a, w in zip(self.assets, self.weights, strict=True) if w != 0)
 
 
-def ordered_sum(values: Floats) -> Floats:
+def ordered_sum(values: Floats, out: Floats | None = None) -> Floats:
     """Sum over the last axis, strictly left to right, shape (..., N) -> (...).
 
     The only sum over assets allowed on a persisted path: numpy's `.sum` is pairwise and its bits depend on shape and memory order,
     a dot product's on the BLAS. `accumulate` defines every partial sum, so it is sequential whatever the batch.
-    Source: design.md section 8, rule 2.
+    out: room for the partial sums, of the shape of `values`; may be `values` itself. Source: design.md section 8, rule 2.
     """
     if values.shape[-1] == 0:
         return np.zeros(values.shape[:-1])
-    return np.add.accumulate(values, axis=-1)[..., -1]
+    return np.add.accumulate(values, axis=-1, out=out)[..., -1]
 
 
 def utc(value: datetime | pd.Timestamp, what: str) -> np.datetime64:

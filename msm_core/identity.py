@@ -8,13 +8,16 @@ import hashlib
 import json
 import math
 import re
+import threading
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from datetime import UTC, date, datetime, timedelta
 from enum import Enum
-from typing import Any, Generic, TypeVar
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Generic, TypeVar, get_args
 
 import numpy as np
+import structlog
 from pydantic import BaseModel, ConfigDict
 
 from msm_core.errors import InvalidNamespace, NotCanonical, UnknownKind
@@ -100,11 +103,16 @@ T = TypeVar("T", bound=Spec)
 
 
 class Kinds(Generic[S]):
-    """The registry of one family of specs: `kind` -> class. A configuration chooses by name; nothing is ever imported from it."""
+    """The registry of one family of specs: `kind` -> class. A configuration chooses by name; nothing is ever imported from it.
 
-    def __init__(self, family: str) -> None:
+    family  its name, for people
+    base    what every class of it is a subclass of
+    group   entry-point group in which installed distributions declare kinds of their own, `kind = "package.module:Class"`; none: no plugins
+    """
+
+    def __init__(self, family: str, base: type[Spec] = Spec, group: str | None = None) -> None:
         self.family = family
-        self.classes: dict[str, type[S]] = {}
+        self.classes: KindClasses[S] = KindClasses(family, base, group)
 
     def register(self, cls: type[T]) -> type[T]:
         """Class decorator. The class's `kind` must be a Literal with a default."""
@@ -117,8 +125,129 @@ class Kinds(Generic[S]):
             return value
         cls = self.classes.get(str(value.get("kind")))
         if cls is None:
-            raise UnknownKind(family=self.family, kind=value.get("kind"), known=", ".join(sorted(self.classes)))
+            raise self.unknown(value.get("kind"))
         return cls.model_validate(value)
+
+    def unknown(self, kind: Any) -> UnknownKind:
+        """The error for a kind that there is not; it says so when a plugin has it, but is left out."""
+        facts = {"family": self.family, "kind": kind, "known": ", ".join(sorted(self.classes))}
+        if refused := self.left_out().get(str(kind)):
+            return PluginLeftOut(**facts, plugin=refused[0], why=refused[1])
+        return UnknownKind(**facts)
+
+    def plugins(self) -> dict[str, str]:
+        """Kinds that plugins brought, and the `distribution version` of each."""
+        self.classes.load_all()
+        return dict(sorted(self.classes.origins.items()))
+
+    def left_out(self) -> dict[str, tuple[str, str]]:
+        """Kinds that plugins declare and that cannot be used: `distribution version`, and why."""
+        self.classes.load_all()
+        return dict(sorted(self.classes.refused.items()))
+
+
+class PluginLeftOut(UnknownKind):
+    message = "{family} kind {kind!r} is declared by {plugin}, which is left out: {why}. Repair or uninstall it. Known kinds: {known}."
+
+
+class KindClasses(MutableMapping[str, type[S]]):
+    """Classes by kind: those that were registered, and those of plugins, each imported when it is first asked for, or when all are.
+
+    A plugin that cannot be used is left out with a warning; nothing else suffers from it. A kind that two distributions declare is
+    left out too: the order of an installation must not choose whose numbers they are.
+    """
+
+    def __init__(self, family: str, base: type[Spec], group: str | None) -> None:
+        self.family, self.base, self.group = family, base, group
+        self.origins: dict[str, str] = {}
+        self.refused: dict[str, tuple[str, str]] = {}
+        self._found: dict[str, type[S]] = {}
+        self._declared: dict[str, list[EntryPoint]] | None = None if group else {}  # not looked at yet; None: not even at their names
+
+    def __getitem__(self, kind: str) -> type[S]:
+        if kind not in self._found:
+            self._load(kind)
+        return self._found[kind]
+
+    def __setitem__(self, kind: str, cls: type[S]) -> None:
+        self._found[kind] = cls
+        self.origins.pop(kind, None)
+
+    def __delitem__(self, kind: str) -> None:
+        del self._found[kind]
+        self.origins.pop(kind, None)
+
+    def __iter__(self) -> Iterator[str]:
+        """In order of registration, then those of plugins by name: whichever was asked for first."""
+        self.load_all()
+        return iter(sorted(self._found, key=lambda kind: (kind in self.origins, kind if kind in self.origins else "")))
+
+    def __len__(self) -> int:
+        self.load_all()
+        return len(self._found)
+
+    def load_all(self) -> None:
+        for kind in self._names():
+            self._load(kind)
+
+    def _names(self) -> list[str]:
+        with _LOADING:
+            if self._declared is None:
+                self._declared = {}
+                for point in entry_points(group=str(self.group)):  # metadata alone, about 6 ms; nothing is imported
+                    self._declared.setdefault(point.name, []).append(point)
+            return sorted(self._declared)
+
+    def _load(self, kind: str) -> None:
+        with _LOADING:
+            if kind not in self._names() or self._declared is None:
+                return
+            points = self._declared.pop(kind)  # before the import: a plugin may look kinds up while it is imported
+            plugin = " and ".join(sorted({_distribution(point) for point in points}))
+            found = self._checked(kind, points)
+            if isinstance(found, str):
+                self.refused[kind] = plugin, found
+                log.warning("plugin left out", family=self.family, kind=kind, plugin=plugin, why=found)
+            else:
+                self._found[kind] = found
+                self.origins[kind] = plugin
+
+    def _checked(self, kind: str, points: list[EntryPoint]) -> Any:
+        """The class that is declared, or why it cannot be used."""
+        if len(points) > 1:
+            return "the kind is declared more than once"
+        try:
+            cls = points[0].load()
+        except (Exception, SystemExit) as error:  # whatever somebody else's module does when it is imported
+            return f"{points[0].value} cannot be imported ({_told(error)})"
+        if not (isinstance(cls, type) and issubclass(cls, self.base)):
+            return f"{points[0].value} is no subclass of {self.base.__name__}"
+        field = cls.model_fields["kind"]
+        if get_args(field.annotation) != (kind,) or field.default != kind:
+            return f"{points[0].value} lacks the field kind: Literal['{kind}'] = '{kind}'"
+        if self._found.get(kind, cls) is not cls:
+            return "the kind is there already"
+        try:
+            cls.model_json_schema()  # a configuration is stored as JSON
+        except Exception as error:
+            return f"the fields of {points[0].value} are no JSON ({_told(error)})"
+        return cls
+
+
+log = structlog.get_logger()
+_LOADING = threading.RLock()  # of the module: a lock in a registry would keep it from being copied or pickled
+
+
+def _distribution(point: EntryPoint) -> str:
+    try:
+        name, version = (point.dist.name, point.dist.version) if point.dist else (None, None)
+    except Exception:  # the metadata are damaged
+        name = version = None
+    return f"{name} {version}" if name and version else "a distribution without name and version"
+
+
+def _told(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 # -- namespace -----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Sessions of one calendar as arrays: when portfolios are valued, and which sessions end a week, a month, a quarter."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ class Sessions:
     opens, closes       (S,) datetime64[us], UTC
     valid_from/valid_to datetime64[D]: the local dates that the calendar knows about
     timezone            IANA zone of the local dates
+    events              local dates of the calendar's events, ascending, by event type
     """
 
     calendar: str
@@ -31,6 +33,8 @@ class Sessions:
     valid_from: np.datetime64
     valid_to: np.datetime64
     timezone: str = "UTC"
+    events: Mapping[str, np.ndarray] = field(default_factory=dict)
+    _grids: dict[timedelta, Times] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def require(self, start: np.datetime64, end: np.datetime64) -> None:
         """Raises CalendarRangeError when the window (UTC) leaves the calendar's range, EmptySchedule when it holds no session at all."""
@@ -40,6 +44,11 @@ class Sessions:
             raise self.out_of_range(f"{iso(start)}..{iso(end)}", "the update window")
         if len(self.closes) == 0:
             raise EmptySchedule(calendar=self.calendar, start=iso(start), end=iso(end))
+
+    def part(self, rows: slice) -> "Sessions":
+        """Some of its sessions; what the calendar knows about stays the same."""
+        dates, opens, closes = self.dates[rows], self.opens[rows], self.closes[rows]
+        return Sessions(self.calendar, dates, opens, closes, self.valid_from, self.valid_to, self.timezone, self.events)
 
     def covers(self, start: Times | np.datetime64, end: Times | np.datetime64) -> Any:
         """Whether windows (UTC) lie in the calendar's range.
@@ -69,12 +78,14 @@ class Sessions:
         """Session closes for a frequency of a day; else every `open + k * frequency` inside each session, and its close."""
         if frequency >= timedelta(days=1):
             return self.closes
-        step = np.timedelta64(frequency)
-        grids = [
-            np.append(np.arange(opens + step, closes, step, dtype="datetime64[us]"), closes)
-            for opens, closes in zip(self.opens, self.closes, strict=True)
-        ]
-        return np.concatenate(grids) if grids else self.closes
+        if frequency not in self._grids:  # asked for again and again
+            step = np.timedelta64(frequency)
+            grids = [
+                np.append(np.arange(opens + step, closes, step, dtype="datetime64[us]"), closes)
+                for opens, closes in zip(self.opens, self.closes, strict=True)
+            ]
+            self._grids[frequency] = np.concatenate(grids) if grids else self.closes
+        return self._grids[frequency]
 
     def period_ends(self, period: Period, through: int) -> np.ndarray:
         """Mask (S,) of sessions that are the last of their week (Monday to Sunday), month or quarter; local dates.

@@ -6,7 +6,8 @@ A source is anyone's table or view with the price grain. Its names are those of 
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import date, datetime, timedelta
+from typing import NamedTuple
 
 import numpy as np
 from psycopg import sql
@@ -14,11 +15,18 @@ from sqlalchemy import Connection
 
 from msm_core.copying import fetch
 from msm_core.errors import SourceUnusable
-from msm_core.frames import BEGINNING, NEVER, Series, utc
+from msm_core.frames import BEGINNING, NEVER, Series, SignalRows, utc
 from msm_core.interpolation import NUMBERS, Carry, PriceBars
-from msm_core.models import AssetTable, InterpolatedPricesStorage, TimeIndexMetaTable
+from msm_core.models import (
+    AssetTable,
+    InterpolatedPricesStorage,
+    PortfolioIndexValuesStorage,
+    PortfoliosStorage,
+    TimeIndexMetaTable,
+)
 
 GRAIN = ("asset_identifier", "time_index")
+SCOPES = {s.__storage_kind__: s.__scope__ for s in (PortfoliosStorage, PortfolioIndexValuesStorage)}  # values that we publish
 TEXT_TYPES = {"text", "character varying"}
 TIME_TYPE = "timestamp with time zone"
 NUMERIC_TYPES = {"double precision", "real", "numeric", "smallint", "integer", "bigint"}
@@ -54,7 +62,12 @@ class Source:
     @property
     def is_inside(self) -> bool:
         """Written by this very system: read in the claiming transaction, and by nobody's snapshot."""
-        return self.kind == "interpolated_prices"
+        return self.kind in ("interpolated_prices", *SCOPES)
+
+    @property
+    def scope(self) -> str:
+        """The column that says whose numbers a row holds."""
+        return SCOPES.get(self.kind, "asset_identifier")
 
     @property
     def numeric(self) -> list[str]:
@@ -112,16 +125,16 @@ def live_table(connection: Connection, table: str) -> LiveTable | None:
     return LiveTable(*found[0]) if found else None
 
 
-def grain_problems(columns: Mapping[str, str], readable: bool) -> list[str]:
+def grain_problems(columns: Mapping[str, str], readable: bool, scope: str = "asset_identifier") -> list[str]:
     """What keeps a table with these columns (name -> type) from being a price source, each with its remedy; none = it is one."""
     if not columns:
         return ["its table does not exist. Create it, or register the right one with --replace (replace=True)"]
-    asset, time = (columns.get(name, "absent") for name in GRAIN)
+    asset, time = (columns.get(name, "absent") for name in (scope, "time_index"))
     values = [type_.split("(")[0] for name, type_ in columns.items() if name not in GRAIN]
     remedy = "make a view that gives it so"
     wrong = [
         (not readable, "this database role may not read it; GRANT USAGE on its schema and SELECT on it"),
-        (asset.split("(")[0] not in TEXT_TYPES, f"asset_identifier must be text, not {asset}; {remedy}"),
+        (asset.split("(")[0] not in TEXT_TYPES, f"{scope} must be text, not {asset}; {remedy}"),
         (time != TIME_TYPE, f"time_index must be {TIME_TYPE}, not {time}; {remedy}"),
         (NUMERIC_TYPES.isdisjoint(values), "it has no numeric column to take prices from"),
     ]
@@ -164,9 +177,9 @@ def price_coverage(
     """First and last bar time per asset with a value in `column`, up to `as_of`; an asset without bars is absent."""
     edge = sql.SQL("""
         (SELECT p.time_index FROM {table} p
-         WHERE p.asset_identifier = a.asset AND p.time_index > '-infinity' AND p.time_index <= %(as_of)s AND p.{column} IS NOT NULL
+         WHERE p.{scope} = a.asset AND p.time_index > '-infinity' AND p.time_index <= %(as_of)s AND p.{column} IS NOT NULL
          ORDER BY p.time_index {direction} LIMIT 1)""")
-    parts = {"table": foreign_name(*source.table.split(".")), "column": foreign_name(column)}
+    parts = {"table": foreign_name(*source.table.split(".")), "column": foreign_name(column), "scope": sql.Identifier(source.scope)}
     statement = sql.SQL("SELECT a.asset, {first}, {last} FROM unnest(%(assets)s::text[]) a(asset)").format(
         first=edge.format(direction=sql.SQL("ASC"), **parts), last=edge.format(direction=sql.SQL("DESC"), **parts)
     )
@@ -175,18 +188,30 @@ def price_coverage(
 
 
 def read_prices(
-    connection: Connection, source: Source, column: str, assets: Sequence[str], since: datetime | None, through: datetime
-) -> dict[str, Series]:
-    """Bars with since <= time <= through, one array row per asset. A null price is no bar. Raises SourceUnusable for duplicate bars."""
+    connection: Connection, source: Source, column: str, assets: Sequence[str], since: datetime | None, through: datetime,
+    liquidity_column: str | None = None,
+) -> dict[str, Series]:  # fmt: skip
+    """Bars with since <= time <= through, one array row per asset. A null price is no bar. Raises SourceUnusable for duplicate bars.
+
+    Of values that we publish, the assets are portfolios or indexes.
+    """
     volume = "coalesce(p.volume::float8, 'NaN')" if "volume" in source.numeric else "'NaN'::float8"
+    asked = sql.SQL("coalesce(p.{}::float8, 'NaN')").format(foreign_name(liquidity_column)) if liquidity_column else sql.SQL("NULL::float8")
     statement = sql.SQL("""
-        SELECT a.asset, s.times, s.prices, s.volumes FROM unnest(%(assets)s::text[]) a(asset) CROSS JOIN LATERAL (
-            SELECT array_agg(q.time_index), array_agg(q.price), array_agg(q.volume) FROM (
-                SELECT p.time_index, p.{column}::float8 AS price, {volume} AS volume FROM {table} p
-                WHERE p.asset_identifier = a.asset AND p.time_index >= %(since)s AND p.time_index <= %(through)s AND p.{column} IS NOT NULL
-                ORDER BY p.time_index) q) s(times, prices, volumes)
+        SELECT a.asset, s.times, s.prices, s.volumes, s.liquidity FROM unnest(%(assets)s::text[]) a(asset) CROSS JOIN LATERAL (
+            SELECT array_agg(q.time_index), array_agg(q.price), array_agg(q.volume), {aggregate} FROM (
+                SELECT p.time_index, p.{column}::float8 AS price, {volume} AS volume, {asked} AS liquidity FROM {table} p
+                WHERE p.{scope} = a.asset AND p.time_index >= %(since)s AND p.time_index <= %(through)s AND p.{column} IS NOT NULL
+                ORDER BY p.time_index) q) s(times, prices, volumes, liquidity)
         WHERE s.times IS NOT NULL
-    """).format(column=foreign_name(column), volume=sql.SQL(volume), table=foreign_name(*source.table.split(".")))
+    """).format(
+        scope=sql.Identifier(source.scope),
+        column=foreign_name(column),
+        volume=sql.SQL(volume),
+        asked=asked,
+        aggregate=sql.SQL("array_agg(q.liquidity)" if liquidity_column else "NULL"),
+        table=foreign_name(*source.table.split(".")),
+    )
     found = fetch(connection, statement, {"assets": list(assets), "since": since or BEGINNING, "through": through})
     series = {asset: Series(*arrays) for asset, *arrays in found}
     for asset, bars in series.items():
@@ -194,6 +219,19 @@ def read_prices(
             why = f"{asset} has two bars at one time; make (time_index, asset_identifier) unique"
             raise SourceUnusable(source=source.identifier, why=why)
     return series
+
+
+def read_weight_rows(connection: Connection, source: Source, column: str, since: datetime | None, through: datetime) -> SignalRows:
+    """Rows of a table of weights with since < time <= through, in key order; a null weight is NaN."""
+    statement = sql.SQL("""
+        SELECT array_agg(q.time_index), array_agg(q.asset_identifier), array_agg(q.weight) FROM (
+            SELECT p.time_index, p.asset_identifier::text, coalesce(p.{column}::float8, 'NaN') AS weight FROM {table} p
+            WHERE p.time_index > %(since)s AND p.time_index <= %(through)s ORDER BY p.time_index, p.asset_identifier::text COLLATE "C") q
+    """).format(column=foreign_name(column), table=foreign_name(*source.table.split(".")))
+    times, assets, weights = fetch(connection, statement, {"since": since or BEGINNING, "through": through})[0]
+    if times is None:
+        return SignalRows(np.empty(0, "datetime64[us]"), [], np.empty(0))
+    return SignalRows(times, assets, weights)
 
 
 def read_bars(
@@ -252,10 +290,23 @@ def read_carry(
     return Carry(np.array(known, "datetime64[us]"), close, vwap)
 
 
-def read_asset_calendars(connection: Connection, assets: Sequence[str]) -> dict[str, uuid.UUID | None]:
-    """Uid of the calendar of each registered asset, None for one that trades around the clock."""
-    statement = sql.SQL("SELECT unique_identifier, calendar_uid FROM {table} WHERE unique_identifier = ANY(%(assets)s)")
-    return dict(fetch(connection, statement.format(table=sql.Identifier(AssetTable.__tablename__)), {"assets": list(assets)}))
+class AssetFacts(NamedTuple):
+    """calendar_uid: None = it trades around the clock; delisted_on: local date of its last trading day, None = it is listed."""
+
+    calendar_uid: uuid.UUID | None
+    delisted_on: date | None
+
+
+def read_assets(connection: Connection, assets: Iterable[str]) -> dict[str, AssetFacts]:
+    """What the registry says of those of `assets` that are registered."""
+    statement = sql.SQL("SELECT unique_identifier, calendar_uid, delisted_on FROM {table} WHERE unique_identifier = ANY(%(assets)s)")
+    found = fetch(connection, statement.format(table=sql.Identifier(AssetTable.__tablename__)), {"assets": sorted(assets)})
+    return {asset: AssetFacts(*facts) for asset, *facts in found}
+
+
+def delistings(assets: Mapping[str, AssetFacts]) -> dict[str, np.datetime64]:
+    """Last trading days of those that have one."""
+    return {asset: np.datetime64(facts.delisted_on, "D") for asset, facts in assets.items() if facts.delisted_on is not None}
 
 
 def foreign_name(*parts: str) -> sql.Identifier:

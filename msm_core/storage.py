@@ -22,11 +22,12 @@ from msm_core.frames import LastTrade, SignalRows, to_datetime, utc
 from msm_core.identity import node_uid
 from msm_core.models import (
     LOADED_NAMESPACE,
-    AssetTable,
+    CalendarEventTable,
     CalendarSessionTable,
     CalendarTable,
     DataNodeUpdateTable,
     MetaTable,
+    PortfolioRebalanceStateStorage,
     PortfoliosStorage,
     PortfolioWeightsStorage,
     SignalWeightsStorage,
@@ -45,12 +46,6 @@ def verify_prepared(connection: Connection, tables: Iterable[type[MetaTable]] | 
     missing = sorted(name for (name,) in fetch(connection, statement, {"names": names}))
     if missing:
         raise StorageNotPrepared(tables=", ".join(missing))
-
-
-def known_assets(connection: Connection, assets: Iterable[str]) -> set[str]:
-    """Those of `assets` that are registered."""
-    statement = sql.SQL("SELECT unique_identifier FROM {table} WHERE unique_identifier = ANY(%(assets)s)").format(table=_name(AssetTable))
-    return {asset for (asset,) in fetch(connection, statement, {"assets": list(assets)})}
 
 
 # -- calendars ----------------------------------------------------------------------------------------------------------------
@@ -73,7 +68,10 @@ def find_calendars(connection: Connection, keys: Iterable[str]) -> dict[str, lis
 def read_sessions(connection: Connection, uids: Iterable[uuid.UUID]) -> dict[uuid.UUID, Sessions]:
     """All primary sessions of stored calendars."""
     statement = sql.SQL("""
-        SELECT c.uid, c.unique_identifier, c.valid_from, c.valid_to, c.timezone, s.dates, s.opens, s.closes
+        SELECT c.uid, c.unique_identifier, c.valid_from, c.valid_to, c.timezone, s.dates, s.opens, s.closes,
+               (SELECT coalesce(jsonb_object_agg(e.event_type, e.dates), '{{}}') FROM (
+                    SELECT t.event_type, jsonb_agg(DISTINCT t.event_date ORDER BY t.event_date) AS dates FROM {event} t
+                    WHERE t.calendar_uid = c.uid AND t.event_date IS NOT NULL GROUP BY 1) e)
         FROM {calendar} c CROSS JOIN LATERAL (
             SELECT coalesce(array_agg(q.date), '{{}}'), coalesce(array_agg(q.opens_at), '{{}}'), coalesce(array_agg(q.closes_at), '{{}}')
             FROM (
@@ -81,10 +79,19 @@ def read_sessions(connection: Connection, uids: Iterable[uuid.UUID]) -> dict[uui
                 WHERE t.calendar_uid = c.uid AND t.is_primary AND t.opens_at IS NOT NULL AND t.closes_at IS NOT NULL
                 ORDER BY t.closes_at) q) s(dates, opens, closes)
         WHERE c.uid = ANY(%(uids)s)
-    """).format(calendar=_name(CalendarTable), session=_name(CalendarSessionTable))
+    """).format(calendar=_name(CalendarTable), session=_name(CalendarSessionTable), event=_name(CalendarEventTable))
     return {
-        uid: Sessions(name, dates.astype("datetime64[D]"), opens, closes, np.datetime64(first), np.datetime64(last), zone)
-        for uid, name, first, last, zone, dates, opens, closes in fetch(connection, statement, {"uids": list(uids)})
+        uid: Sessions(
+            name,
+            dates.astype("datetime64[D]"),
+            opens,
+            closes,
+            np.datetime64(first),
+            np.datetime64(last),
+            zone,
+            {type_: np.array(days, "datetime64[D]") for type_, days in events.items()},
+        )
+        for uid, name, first, last, zone, dates, opens, closes, events in fetch(connection, statement, {"uids": list(uids)})
     }
 
 
@@ -136,6 +143,17 @@ def read_values(connection: Connection, keys: Iterable[ValueKey]) -> dict[ValueK
     unique = sorted(set(keys))
     found = fetch(connection, statement, {"ids": [k for k, _ in unique], "times": [to_datetime(t) for _, t in unique]})
     return {(i, utc(time, "time_index")): (close, calculated) for i, time, close, calculated in found}
+
+
+def read_orders(connection: Connection, portfolios: Sequence[str]) -> dict[str, tuple[np.ndarray, list[str], np.ndarray, np.ndarray]]:
+    """(times from which they are active, assets, target weights, used weights) of unfinished orders; NaT and NaN where null."""
+    statement = sql.SQL("""
+        SELECT o.portfolio_identifier, array_agg(coalesce(o.active_from, '-infinity') ORDER BY o.asset_identifier),
+               array_agg(o.asset_identifier::text ORDER BY o.asset_identifier),
+               array_agg(coalesce(o.target_weight, 'NaN') ORDER BY o.asset_identifier), array_agg(o.used_weight ORDER BY o.asset_identifier)
+        FROM {table} o WHERE o.portfolio_identifier = ANY(%(ids)s) GROUP BY 1
+    """).format(table=_name(PortfolioRebalanceStateStorage))
+    return {i: columns for i, *columns in fetch(connection, statement, {"ids": list(portfolios)})}  # type: ignore[misc]
 
 
 # -- progress -----------------------------------------------------------------------------------------------------------------

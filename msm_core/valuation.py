@@ -1,11 +1,13 @@
 """Valuation: from prices, events and targets to portfolio values. Pure arrays; the same bits however the window is split.
 
 A portfolio is valued at T instants over N assets, the assets in bytewise order. An *event* is an instant at which the strategy
-wants a target vector; it counts only if something trades. Between two such events nothing is stored, and values follow from the
+wants a target vector; `msm_core.execution` makes trades of events. Between two trades nothing is stored, and values follow from the
 position struck at the last one. Formulas: design.md section 6; numerical rules: section 8.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -25,22 +27,36 @@ class Bars:
     times      (T,) UTC
     assets     (N,) identifiers, bytewise order
     prices     (T, N) last bar within the staleness; NaN where there is none, and where the source says NaN
-    bar_times  (T, N) time of the last bar at or before; NaT where there is none
-    fresh      (T, N) that bar is within the staleness
-    volumes    (T, N) of the bar used; NaN where unknown
+    details    gives bar_times, fresh and volumes by name, which are seldom asked for
     opening_prices (N,) aligned price at the watermark; NaN where unknown
     column, staleness: for errors
+    cash       (T,) level of the cash account, `opening_cash` at the watermark; None = cash earns nothing
     """
 
     times: Times
     assets: tuple[str, ...]
     prices: Floats
-    bar_times: Times
-    fresh: np.ndarray
-    volumes: Floats
+    details: Callable[[str], np.ndarray]
     opening_prices: Floats
     column: str
     staleness: str
+    cash: Floats | None = None
+    opening_cash: float = 1.0
+
+    @cached_property
+    def bar_times(self) -> Times:
+        """(T, N) time of the last bar at or before; NaT where there is none."""
+        return self.details("bar_times")
+
+    @cached_property
+    def fresh(self) -> np.ndarray:
+        """(T, N) that bar is within the staleness."""
+        return self.details("fresh")
+
+    @cached_property
+    def volumes(self) -> Floats:
+        """(T, N) of the bar used; NaN where unknown."""
+        return self.details("volumes")
 
     def valid(self) -> np.ndarray:
         """(T, N) mask of prices that may be used: finite and above 0."""
@@ -60,10 +76,38 @@ class Bars:
 
 @dataclass(frozen=True)
 class Events:
-    """When the strategy wants what: rows (E,) increasing indices into the valuation times, targets (E, N)."""
+    """When the strategy wants what.
+
+    rows         (E,) increasing indices into the valuation times
+    targets      (V, N) distinct vectors
+    active_from  (E,) instant from which each order is active
+    which        (E,) the vector of each event; by default one each
+    """
 
     rows: np.ndarray
     targets: Floats
+    active_from: Times
+    which: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+
+    def __post_init__(self) -> None:
+        if len(self.which) < len(self.rows):
+            object.__setattr__(self, "which", np.arange(len(self.rows)))
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a strategy that takes its time has still to do.
+
+    at           the watermark at which this was so
+    goals        (N,) target weights; NaN = nothing is to be done of the asset
+    active_from  the order was decided, or its session began; NaT = nothing is to be done at all
+    used         (N,) sum of weight changes in the session of `at`
+    """
+
+    at: np.datetime64
+    goals: Floats
+    active_from: np.datetime64
+    used: Floats
 
 
 @dataclass(frozen=True)
@@ -75,6 +119,8 @@ class Opening:
     trade_value  value right after the last trade, fee paid; `drifted` accounting recurs from it
     weights      struck at the last trade; 0 = not held
     prices, volumes  of the last trade; NaN where not held or unknown
+    cash         level of the cash account at the last trade
+    order        what was left to do
     """
 
     started: bool
@@ -83,6 +129,8 @@ class Opening:
     weights: Floats
     prices: Floats
     volumes: Floats
+    cash: float = 1.0
+    order: Order | None = None
 
     @classmethod
     def fresh(cls, assets: int) -> "Opening":
@@ -97,121 +145,95 @@ class Trades:
     rows    (K,) indices into the valuation times
     after   (K, N) weights after the trade
     before  (K, N) weights before it
-    values  (K,) value right after the trade, fee paid
+    values  (K,) value right after the trade, fee paid; of `drifted` accounting only
+    order   what is left to do after the window
     """
 
     rows: np.ndarray
     after: Floats
     before: Floats
     values: Floats
+    order: Order | None = None
 
 
-@dataclass(frozen=True)
-class Valuation:
-    """values (T,) are NaN before the first purchase, else finite and above 0."""
-
-    values: Floats
-    trades: Trades
-
-
-def value_drifted(bars: Bars, events: Events, fee_rate: float, opening: Opening, portfolio: str) -> Valuation:
-    """Self-financing values: between trades the position drifts with prices.
+def value_drifted(bars: Bars, trades: Trades, opening: Opening, fee_rate: float, portfolio: str) -> Floats:
+    """(T,) self-financing values, NaN before the first purchase: between trades the position drifts with prices.
 
     With e the last trade, w its weights and V(e) its value, at any later t
-        V(t) = V(e) * g,   g = 1 + sum_a w_a * (P_a(t) / P_a(e) - 1)
+        V(t) = V(e) * g,   g = 1 + sum_a w_a * (P_a(t) / P_a(e) - 1) + (1 - sum_a w_a) * (C(t) / C(e) - 1)
         w_before_a = w_a * (P_a(t) / P_a(e)) / g                       since V(e) / V(t) = 1 / g
-        V(t+) = V(t) * (1 - f * sum_a |w_target_a - w_before_a|)
+        V(t+) = V(t) * (1 - f * sum_a |w_after_a - w_before_a|)        C is the level of the cash account, constant by default
 
-    fee_rate  f, a fraction of traded value; the first purchase pays it too
-    Raises MissingPrice, InvalidPrice, InvalidValue. Source: design.md section 6; `bt` agrees (tests/golden).
+    Trades come with their value: `msm_core.execution` reckons the same. Raises MissingPrice, InvalidPrice, InvalidValue.
+    Source: design.md section 6; `bt` agrees (tests/golden).
     """
-    bars.require(_needed(bars, events, opening), portfolio)
-    trades = _drifted_trades(bars, events, fee_rate, opening)
+    _require(bars, trades, opening, portfolio)
     rows = np.arange(len(bars.times))
     last = np.searchsorted(trades.rows, rows, side="right")  # 0 = the opening position, k = the k-th trade of this window
-    held = np.vstack([opening.weights, trades.after])[last]
-    struck = np.vstack([opening.prices, bars.prices[trades.rows]])[last]
-    values = np.append(opening.trade_value, trades.values)[last] * _growth(held, bars.prices, struck)[0]
-    return Valuation(_checked(values, last, bars, opening, portfolio), trades)
+    is_trade = np.zeros(len(rows), bool)
+    is_trade[trades.rows] = True
+    between = np.flatnonzero(~is_trade)
+    since = last[between]
+    values = np.empty(len(rows))
+    values[trades.rows] = trades.values
+    if not len(between):
+        return _checked(values, last, bars, opening, portfolio)
+    struck = np.vstack([opening.prices, bars.prices[trades.rows]])[since]
+    held = np.vstack([opening.weights, trades.after])[since]
+    growth = _growth(held, bars.prices[between], struck)
+    if bars.cash is not None:
+        spare = 1.0 - ordered_sum(held)
+        growth = growth + spare * (bars.cash[between] / np.append(opening.cash, bars.cash[trades.rows])[since] - 1.0)
+    values[between] = np.append(opening.trade_value, trades.values)[since] * (1.0 + growth)
+    return _checked(values, last, bars, opening, portfolio)
 
 
-def value_target(bars: Bars, events: Events, fee_rate: float, opening: Opening, portfolio: str) -> Valuation:
-    """Constant-mix values: weights are set back to the target at every valuation time, free of charge; a changed target pays.
+def value_target(bars: Bars, trades: Trades, opening: Opening, fee_rate: float, portfolio: str) -> Floats:
+    """(T,) constant-mix values: weights are set back to the target at every valuation time, free of charge; a changed target pays.
 
     R(t) = sum_a w_before_a * r_a(t) - f * sum_a |w_a - w_before_a|,   V(t) = V(t-1) * (1 + R(t)),   w_before = previous target
+    and what is not invested, 1 - sum_a w_before_a, earns what the cash account does.
 
+    fee_rate  f, a fraction of traded value; the first purchase pays it too
     Raises MissingPrice, InvalidPrice, InvalidValue. Source: design.md section 6 (the document's original arithmetic).
     """
-    bars.require(_needed(bars, events, opening), portfolio)
-    previous = np.vstack([opening.weights, events.targets[:-1]]) if len(events.rows) else events.targets
-    changed = (events.targets != previous).any(axis=1)
-    traded, after, before = events.rows[changed], events.targets[changed], previous[changed]
+    _require(bars, trades, opening, portfolio)
     rows = np.arange(len(bars.times))
-    vectors = np.vstack([opening.weights, after])
-    last = np.searchsorted(traded, rows, side="right")
-    held, wanted = vectors[np.searchsorted(traded, rows, side="left")], vectors[last]
+    vectors = np.vstack([opening.weights, trades.after])
+    last = np.searchsorted(trades.rows, rows, side="right")
+    held, wanted = vectors[np.searchsorted(trades.rows, rows, side="left")], vectors[last]
     returns = _ratio(held, bars.prices, np.vstack([bars.opening_prices, bars.prices[:-1]])) - 1.0
     change = ordered_sum(held * returns) - fee_rate * ordered_sum(np.abs(wanted - held))
+    if bars.cash is not None:
+        earned = (1.0 - ordered_sum(held)) * (bars.cash / np.append(bars.opening_cash, bars.cash[:-1]) - 1.0)
+        change = change + np.where(_begun_before(rows, trades, opening), earned, 0.0)
     values = np.cumprod(np.append(opening.value, 1.0 + change))[1:]  # a recursion from the stored value, never seed * cumprod
-    return Valuation(_checked(values, last, bars, opening, portfolio), Trades(traded, after, before, values[traded]))
+    return _checked(values, last, bars, opening, portfolio)
 
 
 ACCOUNTINGS = {"drifted": value_drifted, "target": value_target}
 
 
-def _needed(bars: Bars, events: Events, opening: Opening) -> np.ndarray:
-    """(T, N) mask of prices without which there is no value: of what is held into an instant, and of what is wanted from it on.
-
-    An event that does not trade wants exactly what is held, so the pattern of targets is the pattern of holdings.
-    """
+def _require(bars: Bars, trades: Trades, opening: Opening, portfolio: str) -> None:
+    """Prices without which there is no value: of what is held into an instant, and of what is held from it on."""
+    valid = bars.valid()
+    if valid.all():
+        return
     rows = np.arange(len(bars.times))
-    wanted = np.vstack([opening.weights, events.targets]) != 0
-    into, onwards = (wanted[np.searchsorted(events.rows, rows, side=side)] for side in ("left", "right"))
-    return into | onwards
+    held = np.vstack([opening.weights, trades.after])
+    held = (held != 0) & ~np.isnan(held)  # NaN follows from a price that is asked for by itself
+    into, onwards = (held[np.searchsorted(trades.rows, rows, side=side)] for side in ("left", "right"))
+    bars.require(into | onwards, portfolio)
 
 
-def _drifted_trades(bars: Bars, events: Events, fee_rate: float, opening: Opening) -> Trades:
-    """The events that trade, as if by a loop: an event without turnover is passed over, so the position struck before it lives on.
-
-    Almost always every event trades, so a whole block is computed at once on that assumption, kept up to its first idle event, and
-    the next block starts behind that one: small at first, doubling. Every block size gives the same bits.
-    """
-    blocks: list[Trades] = []
-    value, weights, prices = opening.trade_value, opening.weights, opening.prices
-    start, size = 0, len(events.rows)
-    while start < len(events.rows):
-        rows, targets = events.rows[start : start + size], events.targets[start : start + size]
-        block, idle = _trade_every(bars, rows, targets, fee_rate, value, weights, prices)
-        kept = int(idle.argmax()) if idle.any() else len(rows)
-        if kept:
-            blocks.append(Trades(rows[:kept], targets[:kept], block.before[:kept], block.values[:kept]))
-            value, weights, prices = block.values[kept - 1], targets[kept - 1], bars.prices[rows[kept - 1]]
-        start += kept + (1 if kept < len(rows) else 0)
-        size = size * 2 if kept == len(rows) else 1
-    if not blocks:
-        return Trades(events.rows[:0], events.targets[:0], events.targets[:0], np.zeros(0))
-    return Trades(*(np.concatenate([getattr(b, name) for b in blocks]) for name in ("rows", "after", "before", "values")))
+def _begun_before(rows: np.ndarray, trades: Trades, opening: Opening) -> np.ndarray:
+    """(T,) mask of instants before which something was bought: from then on cash is the portfolio's."""
+    return opening.started | (np.searchsorted(trades.rows, rows, side="left") > 0)
 
 
-def _trade_every(
-    bars: Bars, rows: np.ndarray, targets: Floats, fee_rate: float, value: float, weights: Floats, prices: Floats
-) -> tuple[Trades, np.ndarray]:
-    """Trades at all of `rows` from a position (value, weights, prices), and the mask (E,) of those where nothing changed hands."""
-    held = np.vstack([weights, targets[:-1]])
-    growth, ratio = _growth(held, bars.prices[rows], np.vstack([prices, bars.prices[rows[:-1]]]))
-    with np.errstate(divide="ignore", invalid="ignore"):  # a ruined portfolio is told by its value, later
-        before = held * ratio / growth[:, None]
-    turnover = ordered_sum(np.abs(targets - before))
-    factors = np.column_stack([growth, 1.0 - fee_rate * turnover]).ravel()  # drift, fee, drift, fee ...
-    drifted, traded = np.cumprod(np.append(value, factors))[1:].reshape(-1, 2).T
-    values = np.where(drifted > 0, traded, drifted)  # a fee on a ruin must not make it positive again
-    return Trades(rows, targets, before, values), turnover == 0
-
-
-def _growth(held: Floats, prices: Floats, struck: Floats) -> tuple[Floats, Floats]:
-    """(R,) growth of a position since it was struck, and (R, N) price ratios."""
-    ratio = _ratio(held, prices, struck)
-    return 1.0 + ordered_sum(held * (ratio - 1.0)), ratio
+def _growth(held: Floats, prices: Floats, struck: Floats) -> Floats:
+    """(R,) what a position has earned since it was struck, as a share of the value then."""
+    return ordered_sum(held * (_ratio(held, prices, struck) - 1.0))
 
 
 def _ratio(held: Floats, prices: Floats, struck: Floats) -> Floats:

@@ -16,6 +16,7 @@ from msm_core.models import (
     AssetTable,
     DataNodeUpdateTable,
     InterpolatedPricesStorage,
+    PortfolioRebalanceStateStorage,
     PortfoliosStorage,
     PortfolioTable,
     PortfolioWeightsStorage,
@@ -24,7 +25,7 @@ from msm_core.models import (
     TimeIndexMetaTable,
 )
 
-AUDITED: tuple[type[StorageTable], ...] = (SignalWeightsStorage, PortfolioWeightsStorage, PortfoliosStorage)
+AUDITED: tuple[type[StorageTable], ...] = (SignalWeightsStorage, PortfolioWeightsStorage, PortfoliosStorage, PortfolioRebalanceStateStorage)
 REACHING = ("portfolios", "interpolated_prices")  # kinds of storages that have a row at every watermark
 EXAMPLES_MAX = 20
 
@@ -53,7 +54,7 @@ def verify(connection: Connection) -> Verification:
     totals = {storage: _totals(connection, storage) for storage in _audited(connection)}
     violations = [v for storage in totals for v in _progress_violations(connection, storage, totals[storage])]
     violations += _unknown(connection, AssetTable, "asset_identifier", [s for s in totals if "asset_identifier" in s.key_columns()])
-    violations += _unknown(connection, PortfolioTable, "portfolio_identifier", (PortfolioWeightsStorage, PortfoliosStorage))
+    violations += _unknown(connection, PortfolioTable, "portfolio_identifier", AUDITED[1:])
     violations += _wrong_returns(connection)
     rows = sum(scope.rows for scopes in totals.values() for scope in scopes.values())
     return Verification(_digest(totals), rows, tuple(violations))

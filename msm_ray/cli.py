@@ -19,6 +19,7 @@ from msm_core.database import get_engine, transaction
 from msm_core.errors import (
     CalendarNotFound,
     ConfigurationError,
+    CyclicPlan,
     DatabaseNotConfigured,
     EmptySchedule,
     InvalidNamespace,
@@ -31,6 +32,7 @@ from msm_core.errors import (
     StorageCollision,
     StorageMismatch,
     StorageNotPrepared,
+    UnknownKind,
     UnusableFile,
 )
 from msm_core.storage import verify_prepared
@@ -39,6 +41,7 @@ from msm_core.verification import verify as verify_storages
 from msm_ray import ledger
 from msm_ray import prepare as preparation
 from msm_ray.cli_db import db_app
+from msm_ray.cli_kinds import kinds
 from msm_ray.cli_prepare import EXIT_PENDING, FileOption, prepare
 from msm_ray.cli_prices import prices_app, sources_app
 from msm_ray.console import Output, OutputOption, configure_logging, emit_json, emit_table, err, narrate, out, watching
@@ -52,7 +55,7 @@ EXIT_CRASH, EXIT_USAGE = 1, 2
 USAGE_ERRORS = (
     *(ConfigurationError, SelectionError, DatabaseNotConfigured, InvalidNamespace, StorageNotPrepared, RunNotFound),
     *(SourceNotRegistered, SourceUnusable, SourceConflict, UnusableFile, CalendarNotFound, EmptySchedule),
-    *(StorageMismatch, StorageCollision),
+    *(StorageMismatch, StorageCollision, UnknownKind, CyclicPlan),
 )
 
 app = typer.Typer(
@@ -146,6 +149,7 @@ def schema() -> None:
     emit_json(fleet_json_schema())
 
 
+app.command()(kinds)
 app.command()(prepare)
 
 
@@ -160,11 +164,12 @@ def plan(
 ) -> None:
     """What a run would do, and why. Writes nothing."""
     engine, at = connect(), parse_as_of(as_of)
-    configurations, signals = choose_portfolios(engine, file, select_)
+    configurations, signals, unreadable = choose_portfolios(engine, file, select_)
     with transaction(engine, read_only=True) as connection:
         failed = ledger.failed_portfolios(connection)
         world = read_world(connection, configurations, at)
-    made = make_plan(configurations, world, at, full_refresh=full_refresh, failed_before=failed, signals_selected=signals)
+    selection = {"failed_before": failed, "signals_selected": signals, "unreadable": unreadable}
+    made = make_plan(configurations, world, at, full_refresh=full_refresh, **selection)
     if output == Output.json:
         emit_json(made.document())
     else:
@@ -195,9 +200,9 @@ def run(
 ) -> None:
     """Bring the fleet up to date. A portfolio that fails is named and left as it was; the rest land."""
     engine, at = connect(), parse_as_of(as_of)
-    configurations, signals = choose_portfolios(engine, file, select_)
+    configurations, signals, unreadable = choose_portfolios(engine, file, select_)
     arguments = {"file": str(file) if file else None, "select": select_, "full_refresh": full_refresh, "executor": executor.value}
-    options = Options(batch_size=batch_size, full_refresh=full_refresh, signals_selected=signals, arguments=arguments)
+    options = Options(batch_size, full_refresh, signals, unreadable, arguments=arguments)
     report = execute(engine, configurations, at, options, executor, workers, task_timeout)
     show_report(report, output)
     raise typer.Exit(report.exit_code)
@@ -226,11 +231,16 @@ def retry(
             _nothing_to_retry(output)
             return
         todo = set(ledger.unfinished(connection, root))
-        stored = read_configurations(connection)
+        stored, unreadable = read_configurations(connection)
     chosen = [c for c in stored if ("portfolio", c.identifier) in todo]
     signals = {uid for kind, uid in todo if kind == "signal"}
+    still = {identifier: facts for identifier, facts in unreadable.items() if ("portfolio", identifier) in todo}
     options = Options(
-        batch_size=batch_size, signals_selected=signals, retry_of=root, arguments={"retry": str(root), "executor": executor.value}
+        batch_size=batch_size,
+        signals_selected=signals,
+        unreadable=still,
+        retry_of=root,
+        arguments={"retry": str(root), "executor": executor.value},
     )
     report = execute(engine, chosen, at, options, executor, workers, task_timeout)
     show_report(report, output)

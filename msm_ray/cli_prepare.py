@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from msm_core.data_nodes.planning import price_sources_of
 from msm_ray import prepare as preparation
 from msm_ray.console import Output, OutputOption, emit_json, emit_table, err, out
 from msm_ray.fleet import load_fleet
@@ -29,7 +30,7 @@ def prepare(
     """
     fleet = load_fleet(file) if file else None
     engine = connect()
-    sources = [c.price_source for c in fleet.portfolios] if fleet else stored_price_sources(engine)
+    sources = price_sources_of(fleet.portfolios) if fleet else stored_price_sources(engine)
     if sql:
         sys.stdout.write(preparation.ddl(engine, sources))
     elif check:

@@ -29,14 +29,12 @@ from msm_core.data_nodes.portfolios import PortfoliosDataNode
 from msm_core.data_nodes.signals import SignalKind, SignalWeights
 from msm_core.database import get_engine, redact
 from msm_core.errors import RayUnavailable, StaleCode, TaskTimedOut, WorkerLost
-from msm_core.interpolation import CODE_VERSION as PRICES_CODE_VERSION
+from msm_core.plugins import code_version
 from msm_core.settings import Settings
-from msm_core.signals import CODE_VERSION as SIGNAL_CODE_VERSION
-from msm_core.valuation import CODE_VERSION as PORTFOLIO_CODE_VERSION
 
 log = structlog.get_logger()
 
-CODE_VERSION = f"prices-{PRICES_CODE_VERSION} signals-{SIGNAL_CODE_VERSION} portfolios-{PORTFOLIO_CODE_VERSION}"
+
 WorkNode = InterpolatedAsset | SignalWeights | PortfoliosDataNode
 KINDS: dict[str, tuple[NodeKind[Any], type[WorkNode]]] = {
     "prices": (PricesKind(), InterpolatedAsset),
@@ -54,7 +52,7 @@ def encode_batch(kind: str, nodes: Sequence[WorkNode], as_of: datetime, run_uid:
             "as_of": as_of.isoformat(),
             "run_uid": str(run_uid) if run_uid else None,
             "snapshot": snapshot,
-            "code_version": CODE_VERSION,
+            "code_version": code_version(),
         }
     )
 
@@ -62,8 +60,8 @@ def encode_batch(kind: str, nodes: Sequence[WorkNode], as_of: datetime, run_uid:
 def run_batch(payload: str) -> list[NodeResult]:
     """What a worker does with a payload. Raises StaleCode when driver and worker are different installations."""
     given = json.loads(payload)
-    if given["code_version"] != CODE_VERSION:
-        raise StaleCode(worker=CODE_VERSION, driver=given["code_version"])
+    if given["code_version"] != code_version():
+        raise StaleCode(worker=code_version(), driver=given["code_version"])
     kind, node_class = KINDS[given["kind"]]
     batch = Batch(
         kind=kind,

@@ -15,24 +15,26 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 from zoneinfo import ZoneInfo
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetJsonSchemaHandler, TypeAdapter
 
 from msm_core.configuration import (
+    CashRate,
     PortfolioBuildConfiguration,
     PortfolioConfiguration,
     PortfolioExecutionConfiguration,
     PortfolioMarketsConfig,
     PriceAlignmentPolicy,
-    PriceSource,
 )
+from msm_core.data_nodes.dependencies import dependencies
 from msm_core.data_nodes.interpolated_prices import InterpolatedPrices, InterpolatedPricesConfig
 from msm_core.data_nodes.prices import APIDataNode
 from msm_core.errors import ConfigurationError
 from msm_core.identity import Kinds, Spec, current_namespace
 from msm_core.interpolation import InterpolationRule
+from msm_core.price_sources import PriceSource
 from msm_core.rebalance_strategy import REBALANCE_STRATEGIES
 from msm_core.signals import SIGNALS
 from msm_core.signals.base import AssetIdentifier, sorted_unique
@@ -43,6 +45,7 @@ KINDS: dict[str, tuple[str, Kinds[Any]]] = {"signal": ("signals", SIGNALS), "reb
 SHORTHANDS: dict[str, tuple[str, dict[str, Any]]] = {  # key -> the field it stands for, of any kind that has it, and its JSON Schema
     "universe": ("asset_list", {"type": "string"}),
     "weights": ("asset_unique_identifier_weights", {"type": "object", "additionalProperties": {"type": "number"}}),
+    "prices": ("price_source", {"type": "string"}),
 }
 SPELLED = {"upsample_frequency_id": "frequency", "intraday_bar_interpolation_rule": "rule", "asset_list": "assets"}
 UID = re.compile(r"(?i)[0-9a-f]{8}-?([0-9a-f]{4}-?){3}[0-9a-f]{12}")
@@ -118,6 +121,14 @@ class PriceEntry(Section):
     interpolate: Interpolation | None = None
 
 
+class CashRateEntry(CashRate):
+    source: str = Field(min_length=1, max_length=255)  # a name of the prices section
+
+
+class ExecutionEntry(PortfolioExecutionConfiguration):
+    cash_rate: CashRateEntry | None = None
+
+
 class Defaults(Section):
     """What every portfolio has unless it says otherwise; `execution` and `price_alignment_policy` key by key."""
 
@@ -127,7 +138,7 @@ class Defaults(Section):
     price_column: str | None = Field(default=None, min_length=1, max_length=63)
     frequency: str | None = Field(default=None, pattern=r"^[1-9]\d{0,5}[mhd]$", serialization_alias="portfolio_prices_frequency")
     start_date: date | None = None
-    execution: PortfolioExecutionConfiguration = PortfolioExecutionConfiguration()
+    execution: ExecutionEntry = ExecutionEntry()
     price_alignment_policy: PriceAlignmentPolicy = PriceAlignmentPolicy()
     tags: tuple[Identifier, ...] = ()
 
@@ -209,6 +220,8 @@ class _Loader:
         if namespace is not None and namespace != (current := current_namespace()):
             document.tell(("namespace",), f"this process has '{current}': set MSM_AUTO_REGISTER_NAMESPACE, or correct the file")
         portfolios = tuple(self._portfolios())
+        for identifier, error in dependencies(portfolios).cyclic.items():
+            document.tell(next(keys for (key, name), keys in self.taken.items() if (key, name) == ("id", identifier)), str(error))
         if not portfolios and not document.problems:
             document.tell((), "has no portfolios: give at least one under 'portfolios'")
         return Fleet(portfolios, tuple(calendars), namespace)
@@ -260,6 +273,8 @@ class _Loader:
                 merged[key] = {**(self.defaults.get(key) or {}), **written[key]}
         given = {key: value for key, value in merged.items() if value is not None or key not in PortfolioEntry.model_fields}
         entry = self.document.check(PortfolioEntry, given, keys)
+        rate = entry.execution.cash_rate if entry else None
+        rate_source = self._find("prices", rate.source, (*keys, "execution", "cash_rate", "source")) if rate else None
         parts = {key: self._find(key, given[key], (*keys, key)) for key in PARTS if key in given}
         for key in PARTS:
             if key not in given and (key in written or ("defaults", key) not in self.document.broken):  # else it is told there
@@ -268,9 +283,9 @@ class _Loader:
             if (name := (key, str(given[key]))) in self.taken:
                 self.document.tell((*keys, key), f"'{name[1]}' is used twice, here and at {self.document.where(*self.taken[name])}")
             self.taken.setdefault(name, (*keys, key))
-        if entry is None or len(parts) < len(PARTS) or any(part is None for part in parts.values()):
+        if entry is None or len(parts) < len(PARTS) or any(part is None for part in parts.values()) or (rate and rate_source is None):
             return None
-        return self.document.check(PortfolioConfiguration, _configuration(entry, **parts), keys, plain=False)
+        return self.document.check(PortfolioConfiguration, _configuration(entry, rate_source, **parts), keys, plain=False)
 
     def _find(self, key: str, value: Any, keys: Keys) -> Any:
         """What a name stands for, or the spec that is spelled out."""
@@ -282,6 +297,25 @@ class _Loader:
             return self._spec(key, value, keys)
         return self.document.tell(keys, f"must be a name{' or a mapping' if key in KINDS else ''}, not {shown(value)}")
 
+    def _with_sources(self, cls: type[Spec], data: dict[str, Any], keys: Keys) -> dict[str, Any] | None:
+        """Price sources in place of names of the prices section; prices that a signal does not name are those of the defaults."""
+        given = dict(data)
+        for name, field in cls.model_fields.items():
+            if not _takes_source(field.annotation):
+                continue
+            written = next((key for key in (name, "prices") if key in given and (key == name or name == "price_source")), None)
+            value = given.pop(written) if written else None
+            if value is None and name == "price_source":
+                value = self.document.entries("defaults").get("prices")
+            if isinstance(value, str):
+                source = self._find("prices", value, (*keys, written or name))
+                if source is None:
+                    return None
+                value = source.model_dump(mode="json")
+            if value is not None:
+                given[name] = value
+        return given
+
     def _spec(self, key: str, data: dict[str, Any], keys: Keys) -> Spec | None:
         """The spec that is spelled out; equal ones are one object."""
         text = json.dumps([key, data], sort_keys=True)
@@ -289,9 +323,14 @@ class _Loader:
             return spec
         classes = KINDS[key][1].classes
         cls = classes.get(str(data.get("kind")))
+        if cls is None and str(data.get("kind")) in KINDS[key][1].left_out():
+            return self.document.tell((*keys, "kind"), str(KINDS[key][1].unknown(data["kind"])))
         if cls is None:
             what = f"unknown kind {shown(data['kind'])}" if "kind" in data else "is missing"
             return self.document.tell((*keys, "kind"), f"{what}; known kinds: {', '.join(sorted(classes))}")
+        if (sourced := self._with_sources(cls, data, keys)) is None:
+            return None
+        data = sourced
         spelled = {name: short for name, short in shorthands_of(cls).items() if name not in data}
         fields = {name: value for name, value in data.items() if name not in spelled.values()}
         for name, short in spelled.items():
@@ -304,6 +343,11 @@ class _Loader:
                 fields[name] = [{"unique_identifier": asset, "weight": weight} for asset, weight in pairs]
         self.specs[text] = spec = self.document.check(cls, fields, keys, spelled)
         return spec
+
+
+def _takes_source(hint: Any) -> bool:
+    """A field of that type holds a price source."""
+    return hint is PriceSource or any(_takes_source(part) for part in get_args(hint))
 
 
 def _source(source: str) -> APIDataNode:
@@ -338,12 +382,17 @@ def _spelled(text: str, values: Mapping[str, Any]) -> str:
     return PLACEHOLDER.sub(spell, text)
 
 
-def _configuration(entry: PortfolioEntry, signal: Spec, rebalance: Spec, prices: PriceSource) -> dict[str, Any]:
+def _configuration(
+    entry: PortfolioEntry, rate_source: PriceSource | None, signal: Spec, rebalance: Spec, prices: PriceSource
+) -> dict[str, Any]:
     """The documented nesting; what is None is left to its default."""
+    execution = entry.execution.model_dump(exclude_none=True)
+    if rate_source is not None:
+        execution["cash_rate"] |= {"source": rate_source}
     given = entry.model_dump(by_alias=True, exclude_none=True)
     build = {key: value for key, value in given.items() if key in PortfolioBuildConfiguration.model_fields}
     markets = {key: value for key, value in given.items() if key in PortfolioMarketsConfig.model_fields}
-    build |= {"price_source_instance": prices, "execution_configuration": entry.execution}
+    build |= {"price_source_instance": prices, "execution_configuration": execution}
     build["backtesting_weights_configuration"] = {"signal_weights_instance": signal, "rebalance_strategy_instance": rebalance}
     markets["signal_name"] = entry.signal if isinstance(entry.signal, str) else None
     return {"portfolio_build_configuration": build, "portfolio_markets_configuration": markets}

@@ -18,9 +18,9 @@ from msm_core.data_nodes.base import NodeResult
 from msm_core.errors import RunNotFound
 from msm_core.identity import node_uid
 from msm_core.models import LOADED_NAMESPACE, DataNodeUpdateTable, PortfoliosStorage, RunNodeTable, RunTable, SignalWeightsStorage
+from msm_core.plugins import code_version
 from msm_core.rows import document, upsert_rows
 from msm_core.storage import Scope
-from msm_ray.executors import CODE_VERSION
 
 RUN, NODE = (sql.Identifier(table.__tablename__) for table in (RunTable, RunNodeTable))
 SCOPES = {"signal": SignalWeightsStorage, "portfolio": PortfoliosStorage}
@@ -28,7 +28,7 @@ SCOPES = {"signal": SignalWeightsStorage, "portfolio": PortfoliosStorage}
 
 def start_run(engine: Engine, as_of: datetime, arguments: Mapping[str, Any], retry_of: uuid.UUID | None = None) -> uuid.UUID:
     uid = uuid.uuid4()
-    versions = f"msm {msm_core.__version__}, {CODE_VERSION}, numpy {np.__version__}, python {platform.python_version()}"
+    versions = f"msm {msm_core.__version__}, {code_version()}, numpy {np.__version__}, python {platform.python_version()}"
     row = {
         "uid": uid,
         "as_of": as_of,

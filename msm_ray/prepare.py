@@ -31,7 +31,6 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import OperationalError
 
 import msm_core
-from msm_core.configuration import PriceSource, SourceKey
 from msm_core.copying import fetch
 from msm_core.data_nodes.interpolated_prices import storage_of
 from msm_core.database import check_server, sqlstate
@@ -39,6 +38,7 @@ from msm_core.errors import MsmError, PrepareBusy, SourceNotRegistered, StorageC
 from msm_core.identity import identity, physical_name
 from msm_core.models import LOADED_NAMESPACE, STORAGES, MetaTable, StorageTable, TimeIndexMetaTable
 from msm_core.models.base import Identifier
+from msm_core.price_sources import PriceSource, SourceKey
 from msm_core.rows import upsert_rows
 from msm_core.sources import TIME_TYPE, Source, read_sources
 from msm_core.storage import reset_progress

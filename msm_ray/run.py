@@ -7,7 +7,7 @@ rival run holds are asked again at the end: landed by the rival to the same as-o
 import time
 import uuid
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
 from graphlib import CycleError, TopologicalSorter
@@ -20,10 +20,12 @@ from msm_core.configuration import PortfolioConfiguration
 from msm_core.data_nodes.base import NodeResult, failure_facts
 from msm_core.data_nodes.interpolated_prices import InterpolatedAsset
 from msm_core.data_nodes.planning import new_scopes, read_world
+from msm_core.data_nodes.portfolios import PortfoliosDataNode
 from msm_core.data_nodes.signals import SignalWeights
 from msm_core.database import exported_snapshot, transaction
 from msm_core.errors import CyclicPlan, DependencyFailed
 from msm_core.frames import parse_frequency
+from msm_core.signals.computed import ComputedSignal
 from msm_core.storage import ensure_progress, verify_prepared
 from msm_ray import ledger
 from msm_ray.executors import Executor, encode_batch
@@ -34,6 +36,7 @@ log = structlog.get_logger()
 BATCH_NODES_MAX = 256
 PRICE_NODES_MAX = 4096  # an asset is a smaller piece of work than a portfolio
 PRICE_COLUMNS = 4  # columns of a bar, weighed: they travel, but are not computed with
+WINDOW_WEIGHT = 0.1  # of a number in a signal's window against one of a portfolio's
 BATCH_CELLS_MAX = 3_000_000  # sessions x assets: bounds memory, and keeps a task long enough to be worth its overhead
 SESSIONS_PER_DAY = 5 / 7
 FRESH_SESSIONS = 5_000  # guess for a window without a start
@@ -96,11 +99,13 @@ class Options:
 
     batch_size        most nodes per batch; None = by work
     signals_selected  signals to bring up to date even if no portfolio needs them
+    unreadable        stored portfolios whose configuration cannot be read, and why: reported as failed
     """
 
     batch_size: int | None = None
     full_refresh: bool = False
     signals_selected: Collection[str] = ()
+    unreadable: Mapping[str, dict[str, str]] = field(default_factory=dict)
     retry_of: uuid.UUID | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
 
@@ -182,6 +187,7 @@ class _Run:
             full_refresh=self.options.full_refresh,
             failed_before=failed_before,
             signals_selected=signals,
+            unreadable=self.options.unreadable,
         )
         if scopes := new_scopes(plan.prices):
             with self.engine.begin() as connection:
@@ -310,16 +316,20 @@ def _group(key: Key, node: Work) -> tuple[Any, ...]:
     if isinstance(node, InterpolatedAsset):
         return (key[0], node.source_key, node.since is None)
     if isinstance(node, SignalWeights):
-        return (key[0],)
+        sources = sorted({str(source.key) for source in node.dependencies().values()})
+        return (key[0], *sources, node.since is None)
     configuration = node.portfolio_configuration
     return (key[0], configuration.price_source.key, configuration.price_column, node.since is None)
 
 
 def _cells(node: Work, as_of: datetime) -> float:
-    """Estimated sessions x assets of a node's window; of bars for prices, of which each is a dozen columns."""
-    if isinstance(node, SignalWeights):
-        return len(node.signal_weights_instance.universe)
-    sessions = FRESH_SESSIONS if node.since is None else max((as_of - node.since).days, 1) * SESSIONS_PER_DAY
+    """Estimated sessions x assets of a node's window; of bars for prices, of which each is a dozen columns; of a signal's own windows."""
+    sessions = (FRESH_SESSIONS if node.since is None else max((as_of - node.since).days, 1) * SESSIONS_PER_DAY) + 1
     if isinstance(node, InterpolatedAsset):
-        return (sessions + 1) * PRICE_COLUMNS * (timedelta(days=1) / parse_frequency(node.source_cadence))
-    return (sessions + 1) * (len(node.assets) + 1)
+        return sessions * PRICE_COLUMNS * (timedelta(days=1) / parse_frequency(node.source_cadence))
+    if isinstance(node, PortfoliosDataNode):
+        return sessions * (len(node.assets) + 1)
+    signal = node.signal_weights_instance
+    if not isinstance(signal, ComputedSignal):
+        return len(signal.universe)
+    return sessions * len(signal.universe) * max(signal.history_sessions * WINDOW_WEIGHT, 1.0)

@@ -9,8 +9,8 @@ One part is `[+]method:value[+]`; a bare word is `portfolio:word`. Values are sh
     signal:s      the signal alone         status:x   portfolios last seen so       reason:x    portfolios that failed for that reason
     signal:s+     and what follows it      `s` is the signal's name in the fleet file, its kind or its uid
 
-A selected portfolio always brings its own signal: its weights are made from the signal's vectors, so it cannot be brought up to date
-without it. That is what dbt writes `+portfolio:p`, so a leading `+` is accepted and changes nothing. Nothing follows a portfolio, so
+A selected portfolio always brings its own signal, and the portfolios that the signal tracks: without them it cannot be brought up to
+date. That is what dbt writes `+portfolio:p`, so a leading `+` is accepted and changes nothing. Nothing follows a portfolio, so
 a trailing `+` changes something for signals only. Signals are brought in last: an intersection is one of what the parts name.
 
 Names may hold any character: `\\,` is a comma, and in brackets a character stands for itself, `[*]`, `[[]`, or `[+]` at the end.

@@ -2,15 +2,16 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, date, datetime, time, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import structlog
 from sqlalchemy import Engine
 
 from msm_core.configuration import PortfolioConfiguration
+from msm_core.data_nodes.dependencies import dependencies, upstream_of
 from msm_core.data_nodes.registration import read_configurations
 from msm_core.database import check_server, get_engine, transaction
 from msm_core.embedded import EmbeddedPostgres, embedded
@@ -45,22 +46,30 @@ def own_server() -> EmbeddedPostgres | None:
     return server
 
 
-def choose_portfolios(
-    engine: Engine, file: Path | None, expressions: Sequence[str] | None
-) -> tuple[list[PortfolioConfiguration], frozenset[str]]:
-    """Configurations of the file, which is stored first, or the stored ones; and the signals selected by name."""
+class Chosen(NamedTuple):
+    """What a command is about: portfolios, signals by uid that were selected themselves, and stored portfolios that cannot be read."""
+
+    configurations: list[PortfolioConfiguration]
+    signals: frozenset[str]
+    unreadable: Mapping[str, dict[str, str]]
+
+
+def choose_portfolios(engine: Engine, file: Path | None, expressions: Sequence[str] | None) -> Chosen:
+    """Of the file, which is stored first, or of what is stored; with the portfolios that the chosen ones wait for."""
     fleet = load_fleet(file) if file else None
     with engine.connect() as connection:
         verify_prepared(connection)
     if fleet:
         store_fleet(engine, fleet)
     with transaction(engine, read_only=True) as connection:
-        configurations = list(fleet.portfolios) if fleet else read_configurations(connection)
+        configurations, unreadable = (list(fleet.portfolios), {}) if fleet else read_configurations(connection)
         results = ledger.last_results(connection)
     if not expressions:
-        return configurations, frozenset()
+        return Chosen(configurations, frozenset(), unreadable)
     chosen = select(expressions, [_selectable(c, results.get(c.identifier, {})) for c in configurations])
-    return [c for c in configurations if c.identifier in chosen.portfolios], chosen.signals
+    own = [c for c in configurations if c.identifier in chosen.portfolios or c.signal_uid in chosen.signals]
+    needed = {c.identifier for c in upstream_of(own, dependencies(configurations))} | chosen.portfolios
+    return Chosen([c for c in configurations if c.identifier in needed], chosen.signals, {})
 
 
 def _selectable(configuration: PortfolioConfiguration, result: dict[str, Any]) -> Selectable:

@@ -4,10 +4,11 @@ from sqlalchemy import Engine, inspect
 
 import msm_core
 from msm_core.api import Calendar, CalendarDate, CalendarSession
-from msm_core.configuration import PriceSource
+from msm_core.data_nodes.planning import price_sources_of
 from msm_core.data_nodes.registration import read_configurations, register_portfolios
 from msm_core.database import transaction
 from msm_core.models import PortfolioConfigurationTable
+from msm_core.price_sources import PriceSource
 from msm_ray.fleet import CalendarRequest, Fleet
 
 
@@ -16,7 +17,7 @@ def stored_price_sources(engine: Engine) -> list[PriceSource]:
     with transaction(engine, read_only=True) as connection:
         if not inspect(connection).has_table(PortfolioConfigurationTable.__tablename__):
             return []
-        return [c.price_source for c in read_configurations(connection)]
+        return price_sources_of(read_configurations(connection).configurations)
 
 
 def store_fleet(engine: Engine, fleet: Fleet) -> int:

@@ -20,6 +20,7 @@ from sqlalchemy import Engine
 
 from msm_core.configuration import (
     BacktestingWeightsConfig,
+    CashRate,
     PortfolioBuildConfiguration,
     PortfolioConfiguration,
     PortfolioExecutionConfiguration,
@@ -32,8 +33,10 @@ from msm_core.data_nodes.registration import register_portfolios
 from msm_core.database import transaction
 from msm_core.frames import Times, utc
 from msm_core.models import ExternalPricesStorage, PortfoliosStorage, PortfolioWeightsStorage, SignalWeightsStorage
-from msm_core.rebalance_strategy import ImmediateSignal
+from msm_core.price_sources import PriceSource
+from msm_core.rebalance_strategy import ImmediateSignal, RebalanceStrategy
 from msm_core.signals import SIGNALS, EqualWeights, FixedWeights, Signal, Vectors
+from msm_core.signals.base import NOTHING, Inputs
 from msm_ray.executors import Executor, LocalExecutor
 from msm_ray.plan import Plan, make_plan
 from msm_ray.run import Options, RunReport, run_fleet
@@ -156,7 +159,7 @@ class Scheduled(Signal):
     def maximum_forward_fill(self) -> np.timedelta64 | None:
         return None if self.fill is None else np.timedelta64(self.fill)
 
-    def emit(self, since: np.datetime64 | None, through: np.datetime64) -> Vectors:
+    def emit(self, since: np.datetime64 | None, through: np.datetime64, inputs: Inputs = NOTHING) -> Vectors:
         if self.broken:
             raise RuntimeError("this signal is broken on purpose")
         due = [(utc(t, "t"), v) for t, v in sorted(self.vectors, key=lambda pair: pair[0])]
@@ -202,18 +205,24 @@ def portfolio(
     staleness: timedelta = timedelta(0),
     missing: Literal["fail", "hold"] = "fail",
     index: str | None = None,
+    prices: PriceSource | None = None,
+    rebalance: RebalanceStrategy | None = None,
+    cash_rate: CashRate | None = None,
+    frequency: str = "1d",
     **display: Any,
 ) -> PortfolioConfiguration:
+    """`prices` instead of `source`, `rebalance` instead of an immediate strategy of `calendar`, `on` and `lag`."""
     return PortfolioConfiguration(
         portfolio_build_configuration=PortfolioBuildConfiguration(
-            price_source_instance=APIDataNode(time_index_meta_table_uid=source or ExternalPricesStorage.storage_uid()),
+            price_source_instance=prices or APIDataNode(time_index_meta_table_uid=source or ExternalPricesStorage.storage_uid()),
             price_column=column,
+            portfolio_prices_frequency=frequency,
             start_date=start_date,
             price_alignment_policy=PriceAlignmentPolicy(maximum_staleness=staleness, missing=missing),
-            execution_configuration=PortfolioExecutionConfiguration(commission_fee=fee, weight_accounting=accounting),
+            execution_configuration=PortfolioExecutionConfiguration(commission_fee=fee, weight_accounting=accounting, cash_rate=cash_rate),
             backtesting_weights_configuration=BacktestingWeightsConfig(
                 signal_weights_instance=signal,
-                rebalance_strategy_instance=ImmediateSignal(calendar_key=calendar, rebalance_on=on, execution_lag=lag),
+                rebalance_strategy_instance=rebalance or ImmediateSignal(calendar_key=calendar, rebalance_on=on, execution_lag=lag),
             ),
         ),
         portfolio_markets_configuration=PortfolioMarketsConfig(

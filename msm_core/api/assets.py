@@ -1,6 +1,7 @@
 """Asset rows: what prices are keyed by. Facts of one kind of asset live in tables of their own."""
 
 import uuid
+from datetime import date
 
 from msm_core.api.base import Row
 from msm_core.api.fields import Json
@@ -18,8 +19,10 @@ class Asset(Row, table=AssetTable, key=("unique_identifier",)):
     """`unique_identifier` is the asset_identifier of every storage.
 
     calendar_uid  the stored calendar whose sessions the asset trades in, which interpolation goes by; None = 24/7
+    delisted_on   local date of its last trading day: portfolios sell it at its last price in the next session, and wait for it no more
     """
 
     unique_identifier: str
     asset_type: str | None = None
     calendar_uid: uuid.UUID | None = None
+    delisted_on: date | None = None

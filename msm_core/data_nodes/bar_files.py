@@ -204,8 +204,8 @@ class Parser:
     found: list[tuple[int, str, str, str, str]] = field(default_factory=list)
 
     def bars(self, rows: np.ndarray, cells: list[Cells]) -> Bars:
-        if not _filled(cells[self.layout.time]).all():  # a line of nothing is no row
-            filled = np.any([_filled(column) for column in cells], axis=0)
+        if not is_filled(cells[self.layout.time]).all():  # a line of nothing is no row
+            filled = np.any([is_filled(column) for column in cells], axis=0)
             rows, cells = rows[filled], [column.filter(pa.array(filled)) for column in cells]
         self.found.clear()
         bars = self._bars(rows, cells)
@@ -217,14 +217,14 @@ class Parser:
         stamps, assets = cells[self.layout.time], None if self.layout.asset is None else cells[self.layout.asset]
         tell = functools.partial(self._tell, rows, stamps)
         times, wrong = self._stamped(stamps)
-        tell(assets, "", stamps, [*wrong, (~_filled(stamps), "the time is missing")])
+        tell(assets, "", stamps, [*wrong, (~is_filled(stamps), "the time is missing")])
         if assets is None:
             return self._wide(rows, cells, times, tell)
-        names, wrong = _texts(assets)
-        tell(assets, "", assets, [*wrong, (~_filled(assets), "the asset is missing")])
+        names, wrong = read_texts(assets)
+        tell(assets, "", assets, [*wrong, (~is_filled(assets), "the asset is missing")])
         tell = functools.partial(tell, assets)
         values = {column: self._values(column, cells[place], tell) for place, column in self.layout.values.items()}
-        return Bars(rows.astype(np.float64), names, times, values).where(_filled(assets) & ~np.isnat(times))
+        return Bars(rows.astype(np.float64), names, times, values).where(is_filled(assets) & ~np.isnat(times))
 
     def _wide(self, rows: np.ndarray, cells: list[Cells], times: Times, tell: Callable[..., None]) -> Bars:
         column, assets = self.layout.column, tuple(self.layout.values.values())
@@ -238,12 +238,12 @@ class Parser:
         type_ = self.source.columns[column].split("(")[0]
         values: Column
         if SLOTS[type_] == "text":
-            values, wrong = _texts(cells)
+            values, wrong = read_texts(cells)
         elif SLOTS[type_] == "timestamptz":
-            values, dates, wrong = _instants(cells)
+            values, dates, wrong = read_instants(cells)
             wrong.append((~np.isnat(dates), "is a date; a time with an offset is needed"))
         else:
-            values, wrong = _numbers(cells)
+            values, wrong = read_numbers(cells)
             wrong.append((unusable(column, values), f"is refused: {requirement(column)}"))
             if type_ in INTEGERS:
                 wrong.append((np.isfinite(values) & (values != np.round(values)), f"is not whole, and {column} is {type_}"))
@@ -252,7 +252,7 @@ class Parser:
 
     def _stamped(self, cells: Cells) -> tuple[Times, list[Wrong]]:
         """The time that each row is stored at, NaT where there is none."""
-        times, dates, wrong = _instants(cells)
+        times, dates, wrong = read_instants(cells)
         is_date, by_date = ~np.isnat(dates), self.source.time_label == "session_date"
         if by_date:
             off = ~np.isnat(times) & (times != times.astype("datetime64[D]"))
@@ -278,15 +278,15 @@ class Parser:
                 self.found.append((rows[i], name, stamps[i].as_py(), column, f"{shown(cell)} {why}" if cell.strip() else why))
 
 
-def _filled(cells: Cells) -> np.ndarray:
+def is_filled(cells: Cells) -> np.ndarray:
     return pc.not_equal(pc.utf8_trim_whitespace(cells), "").to_numpy(zero_copy_only=False)
 
 
-def _matches(cells: Cells, form: str) -> np.ndarray:
+def matches(cells: Cells, form: str) -> np.ndarray:
     return pc.match_substring_regex(cells, form).to_numpy(zero_copy_only=False)
 
 
-def _texts(cells: Cells) -> tuple[Text, list[Wrong]]:
+def read_texts(cells: Cells) -> tuple[Text, list[Wrong]]:
     encoded = cells.dictionary_encode()
     codes, words = encoded.indices.to_numpy(), encoded.dictionary.to_pylist()
     unstorable = np.array([bool(UNSTORABLE.search(word)) for word in words], bool)
@@ -294,26 +294,26 @@ def _texts(cells: Cells) -> tuple[Text, list[Wrong]]:
     return Text(codes, storable), [(unstorable[codes], "holds a NUL character")]
 
 
-def _numbers(cells: Cells) -> tuple[Floats, list[Wrong]]:
+def read_numbers(cells: Cells) -> tuple[Floats, list[Wrong]]:
     """Values (R,), NaN where a cell is empty or no number: one that spells out NaN is none."""
     text = pc.utf8_trim_whitespace(cells)
-    is_number = _matches(text, NUMBER)
+    is_number = matches(text, NUMBER)
     readable = pc.if_else(pa.array(is_number), text, pa.scalar(None, pa.string()))
-    return readable.cast(pa.float64()).to_numpy(zero_copy_only=False), [(~is_number & _filled(text), "is not a number")]
+    return readable.cast(pa.float64()).to_numpy(zero_copy_only=False), [(~is_number & is_filled(text), "is not a number")]
 
 
-def _instants(cells: Cells) -> tuple[Times, np.ndarray, list[Wrong]]:
+def read_instants(cells: Cells) -> tuple[Times, np.ndarray, list[Wrong]]:
     """Times (R,) in UTC of cells with an offset, and dates (R,) of bare dates; NaT elsewhere."""
     text = pc.utf8_trim_whitespace(cells)
-    is_naive = _matches(text, NAIVE + "$")
+    is_naive = matches(text, NAIVE + "$")
     times, dates = _parsed(text, NAIVE + OFFSET), _parsed(text, DATE).astype("datetime64[D]")
-    unread = _filled(text) & ~is_naive & np.isnat(times) & np.isnat(dates)
+    unread = is_filled(text) & ~is_naive & np.isnat(times) & np.isnat(dates)
     naive = "has no time zone; give an offset, as in 2024-01-02T21:00:00Z"
     return times, dates, [(is_naive, naive), (unread, "is no time; write 2024-01-02T21:00:00Z, or 2024-01-02 for a session")]
 
 
 def _parsed(cells: Cells, form: str) -> Times:
     words = cells.to_numpy(zero_copy_only=False).astype(object)
-    words[~_matches(cells, form)] = None
+    words[~matches(cells, form)] = None
     parsed = pd.to_datetime(pd.Series(words, dtype=object), utc=True, format="ISO8601", errors="coerce")
     return parsed.dt.tz_localize(None).to_numpy().astype("datetime64[us]")

@@ -1,71 +1,70 @@
-"""How portfolios are brought up to date: those of a batch read together, are constructed one by one, and land together."""
+"""How portfolios are brought up to date: those of a batch are read together, executed together, and land together."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import NamedTuple
 
 import numpy as np
 from psycopg import sql
 from sqlalchemy import Connection
 
-from msm_core.configuration import PortfolioConfiguration, PriceAlignmentPolicy, SourceKey
-from msm_core.construction import Construction, Market, State, align, construct, window_end
+from msm_core.alignment import Market
+from msm_core.cash import CashAccount, cash_account
+from msm_core.configuration import CashRate, PortfolioConfiguration
+from msm_core.construction import (
+    Construction,
+    OpenOrder,
+    State,
+    Window,
+    executed,
+    finished,
+    prepared,
+    window_end,
+)
 from msm_core.copying import Block, Text, execute
 from msm_core.data_nodes.base import input_digest
 from msm_core.data_nodes.calendars import resolve_calendars
 from msm_core.data_nodes.interpolated_prices import resolve_sources
-from msm_core.data_nodes.portfolios import PortfoliosDataNode
-from msm_core.errors import MsmError, StateLost, UnknownAssets
-from msm_core.frames import BEGINNING, TICK, LastTrade, Series, to_datetime, utc
-from msm_core.models import PortfolioTable, SignalWeightsStorage
+from msm_core.data_nodes.markets import Calendars, MarketKey, Markets, Need, Sources, read_markets
+from msm_core.data_nodes.portfolios import PortfoliosDataNode, portfolio_code_version
+from msm_core.errors import MissingRate, MsmError, StateLost, UnknownAssets
+from msm_core.frames import BEGINNING, NEVER, TICK, Floats, LastTrade, Times, to_datetime, utc
+from msm_core.models import (
+    PortfolioIndexValuesStorage,
+    PortfolioRebalanceStateStorage,
+    PortfoliosStorage,
+    PortfolioTable,
+    PortfolioWeightsStorage,
+    SignalWeightsStorage,
+)
 from msm_core.sessions import Sessions
 from msm_core.signals import Vectors
-from msm_core.sources import Source, read_prices
+from msm_core.signals.computed import ComputedSignal
+from msm_core.sources import AssetFacts, Source, delistings, read_assets, read_prices
 from msm_core.storage import (
     Advance,
     ProgressRows,
     Scope,
-    known_assets,
     last_trades,
+    read_orders,
     read_progress,
     read_signal_weights,
     read_values,
 )
-from msm_core.valuation import CODE_VERSION
 
-
-class MarketKey(NamedTuple):
-    """Portfolios with the same key share one aligned block of prices."""
-
-    source: SourceKey
-    column: str
-    calendar_key: str
-    frequency: timedelta
-    policy: PriceAlignmentPolicy
-
-    @classmethod
-    def of(cls, configuration: PortfolioConfiguration) -> "MarketKey":
-        return cls(
-            configuration.price_source.key,
-            configuration.price_column,
-            configuration.rebalance.calendar_key,
-            configuration.frequency,
-            configuration.alignment,
-        )
-
-
-Markets = Mapping[MarketKey, Market | MsmError]  # one that could not be built holds the error, for the portfolios that need it
+CashKey = tuple[CashRate, str, timedelta]
+CashAccounts = Mapping[CashKey, CashAccount | MsmError]
 
 
 @dataclass(frozen=True)
 class Outside:
-    """Inputs that belong to others. `markets` are those of their prices; ours are not read yet."""
+    """Inputs that belong to others. `markets` and `cash` are those of their prices; ours are not read yet."""
 
-    sources: Mapping[SourceKey, Source | MsmError]
-    calendars: Mapping[str, Sessions | MsmError]
+    sources: Sources
+    calendars: Calendars
     markets: Markets
-    assets: set[str]
+    cash: CashAccounts
+    assets: Mapping[str, AssetFacts]
     as_of: datetime
 
 
@@ -79,6 +78,9 @@ class Inside:
     states: Mapping[str, State]
 
 
+Results = Mapping[str, Construction | Exception | None]  # what became of each node of a batch; None = nothing new
+
+
 @dataclass(frozen=True)
 class PortfolioKind:
     """How a batch of portfolios is brought up to date."""
@@ -86,46 +88,39 @@ class PortfolioKind:
     name: str = "portfolio"
 
     def read_outside(self, connection: Connection, nodes: Sequence[PortfoliosDataNode], as_of: datetime) -> Outside:
-        assets = known_assets(connection, {a for node in nodes for a in node.assets})
-        sources = resolve_sources(connection, [node.portfolio_configuration.price_source for node in nodes]).sources
-        keys = {node.portfolio_configuration.rebalance.calendar_key for node in nodes}
+        assets = read_assets(connection, {a for node in nodes for a in node.assets})
+        configurations = [node.portfolio_configuration for node in nodes]
+        rates = [c.execution.cash_rate.source for c in configurations if c.execution.cash_rate]
+        sources = resolve_sources(connection, [*(c.price_source for c in configurations), *rates]).sources
+        keys = {c.rebalance.calendar_key for c in configurations}
+        keys |= {c.signal.calendar_key for c in configurations if isinstance(c.signal, ComputedSignal)}
         calendars = resolve_calendars(connection, keys, as_of)
-        foreign = [node for node in nodes if not _is_inside(node, sources)]
-        return Outside(sources, calendars, _markets(connection, foreign, sources, calendars, as_of), assets, as_of)
+        foreign = [_need(node) for node in nodes if not _is_inside(node, sources)]
+        markets = read_markets(connection, foreign, sources, calendars, delistings(assets), as_of)
+        return Outside(sources, calendars, markets, _cash_accounts(connection, configurations, sources, calendars, as_of), assets, as_of)
 
-    def read_inside(self, connection: Connection, nodes: Sequence[PortfoliosDataNode], progress: ProgressRows, outside: Outside) -> Inside:
-        ours = [node for node in nodes if _is_inside(node, outside.sources)]
-        markets = {**outside.markets, **_markets(connection, ours, outside.sources, outside.calendars, outside.as_of)}
+    def read_inside(self, connection: Connection, nodes: Sequence[PortfoliosDataNode], progress: ProgressRows, outside: Outside) -> Results:
+        """What the whole batch becomes: read set-based, then executed in one loop per way of trading."""
+        ours = [_need(node) for node in nodes if _is_inside(node, outside.sources)]
+        found = read_markets(connection, ours, outside.sources, outside.calendars, delistings(outside.assets), outside.as_of)
+        markets = {**outside.markets, **found}
         signals = sorted({node.portfolio_configuration.signal_uid for node in nodes})
         since = min((_vectors_since(node, markets) for node in nodes), default=BEGINNING)
         rows = read_signal_weights(connection, signals, since, _latest(markets))
         scopes = {uid: Scope(SignalWeightsStorage, uid) for uid in signals}
         moved = read_progress(connection, [scope.uid for scope in scopes.values()])
-        return Inside(
+        inside = Inside(
             markets=markets,
             vectors={uid: Vectors.from_rows(r) for uid, r in rows.items()},
             signal_progress={uid: moved[s.uid].watermark if s.uid in moved else None for uid, s in scopes.items()},
             states=_read_states(connection, nodes),
         )
+        return _construct(nodes, outside, inside)
 
-    def update(self, node: PortfoliosDataNode, progress: ProgressRows, outside: Outside, inside: Inside, as_of: datetime) -> list[Advance]:
-        configuration = node.portfolio_configuration
-        unknown = [a for a in node.assets if a not in outside.assets]
-        if unknown:
-            raise UnknownAssets(owner=node.identifier, assets=", ".join(unknown))
-        market = inside.markets[MarketKey.of(configuration)]
-        if isinstance(market, MsmError):
-            raise market
-        vectors = inside.vectors.get(configuration.signal_uid)
-        if vectors is None:
-            return []  # the signal has not emitted anything yet
-        state = inside.states.get(node.identifier)
-        if node.since is not None and state is None:
-            raise StateLost(portfolio=node.identifier, watermark=node.since.isoformat())
-        end = window_end(configuration, market, state, utc(as_of, "as_of"), _signal_end(configuration, inside))
-        if state is not None and end <= state.watermark:
-            return []
-        construction = construct(configuration, market, vectors, state, end)
+    def update(self, node: PortfoliosDataNode, progress: ProgressRows, outside: Outside, inside: Results, as_of: datetime) -> list[Advance]:
+        construction = inside[node.identifier]
+        if isinstance(construction, Exception):
+            raise construction
         return _advances(node, progress, construction) if construction else []
 
     def finish(self, connection: Connection, nodes: Sequence[PortfoliosDataNode]) -> None:
@@ -146,61 +141,87 @@ class PortfolioKind:
         execute(connection, statement, pointers)
 
 
+# -- computing ----------------------------------------------------------------------------------------------------------------
+
+
+def _construct(nodes: Sequence[PortfoliosDataNode], outside: Outside, inside: Inside) -> Results:
+    """A node's failure is its own, wherever it happens."""
+    results: dict[str, Construction | Exception | None] = {}
+    windows: dict[str, Window] = {}
+    for node in nodes:
+        try:
+            if window := _window(node, outside, inside):
+                windows[node.identifier] = window
+            else:
+                results[node.identifier] = None
+        except Exception as error:
+            results[node.identifier] = error
+    for identifier, trades in zip(windows, executed(list(windows.values())), strict=True):
+        try:
+            results[identifier] = trades if isinstance(trades, Exception) else finished(windows[identifier], trades)
+        except Exception as error:
+            results[identifier] = error
+    return results
+
+
+def _window(node: PortfoliosDataNode, outside: Outside, inside: Inside) -> Window | None:
+    configuration = node.portfolio_configuration
+    unknown = [a for a in node.assets if a not in outside.assets]
+    if unknown:
+        raise UnknownAssets(owner=node.identifier, assets=", ".join(unknown))
+    market = inside.markets[MarketKey.of(configuration)]
+    if isinstance(market, MsmError):
+        raise market
+    vectors = inside.vectors.get(configuration.signal_uid)
+    if vectors is None:
+        return None  # the signal has not emitted anything yet
+    state = inside.states.get(node.identifier)
+    if node.since is not None and state is None:
+        raise StateLost(portfolio=node.identifier, watermark=node.since.isoformat())
+    cash = outside.cash[_cash_key(configuration)] if configuration.execution.cash_rate else None
+    if isinstance(cash, MsmError):
+        raise cash
+    end = window_end(configuration, market, state, utc(outside.as_of, "as_of"), _signal_end(configuration, outside, inside))
+    if cash is not None:
+        end = min(end, cash.times[-1]) if len(cash.times) else (state.watermark if state else end)
+    if state is not None and end <= state.watermark:
+        return None
+    return prepared(configuration, market, vectors, state, end, cash)
+
+
+def _signal_end(configuration: PortfolioConfiguration, outside: Outside, inside: Inside) -> np.datetime64 | None:
+    """Last instant at which it is settled which of the signal's vectors is valid; None = it always is.
+
+    A vector expires `maximum_forward_fill` after the signal's progress; and after what is computed a newer one may come.
+    """
+    signal, through = configuration.signal, inside.signal_progress[configuration.signal_uid]
+    if through is None:
+        return None
+    progress, ends = utc(through, "signal progress"), list[np.datetime64]()
+    if signal.maximum_forward_fill is not None:
+        ends.append(progress + signal.maximum_forward_fill - TICK)
+    if isinstance(signal, ComputedSignal):
+        sessions = outside.calendars[signal.calendar_key]
+        if isinstance(sessions, MsmError):
+            raise sessions
+        times = sessions.valuation_times(signal.frequency)
+        coming = int(np.searchsorted(times, progress, "right"))
+        ends += [times[coming] - TICK] if coming < len(times) else []
+    return min(ends, default=None)
+
+
 # -- reading ------------------------------------------------------------------------------------------------------------------
 
-PriceKey = tuple[SourceKey, str]
+
+def _need(node: PortfoliosDataNode) -> Need:
+    configuration = node.portfolio_configuration
+    since = node.since or _start_of(configuration)
+    return Need(MarketKey.of(configuration), node.assets, since, configuration.rebalance.history_sessions)
 
 
-def _is_inside(node: PortfoliosDataNode, sources: Mapping[SourceKey, Source | MsmError]) -> bool:
+def _is_inside(node: PortfoliosDataNode, sources: Sources) -> bool:
     source = sources[node.portfolio_configuration.price_source.key]
     return isinstance(source, Source) and source.is_inside
-
-
-def _markets(
-    connection: Connection,
-    nodes: Sequence[PortfoliosDataNode],
-    sources: Mapping[SourceKey, Source | MsmError],
-    calendars: Mapping[str, Sessions | MsmError],
-    as_of: datetime,
-) -> dict[MarketKey, Market | MsmError]:
-    prices = _read_prices(connection, nodes, sources, as_of)
-    groups: dict[MarketKey, list[PortfoliosDataNode]] = {}
-    for node in nodes:
-        groups.setdefault(MarketKey.of(node.portfolio_configuration), []).append(node)
-    return {key: _market(key, group, sources, calendars, prices, as_of) for key, group in groups.items()}
-
-
-def _read_prices(
-    connection: Connection, nodes: Sequence[PortfoliosDataNode], sources: Mapping[SourceKey, Source | MsmError], as_of: datetime
-) -> dict[PriceKey, dict[str, Series] | MsmError]:
-    """Bars per (source, column), one statement each, whatever the number of portfolios."""
-    groups: dict[PriceKey, list[PortfoliosDataNode]] = {}
-    for node in nodes:
-        configuration = node.portfolio_configuration
-        groups.setdefault((configuration.price_source.key, configuration.price_column), []).append(node)
-    prices: dict[PriceKey, dict[str, Series] | MsmError] = {}
-    for (key, column), group in groups.items():
-        source = sources[key]
-        if isinstance(source, MsmError):
-            prices[key, column] = source
-            continue
-        assets = sorted({a for node in group for a in node.assets})
-        try:
-            prices[key, column] = read_prices(connection, source, column, assets, _bars_since(group, source), as_of)
-        except MsmError as error:
-            prices[key, column] = error
-    return prices
-
-
-def _bars_since(nodes: Sequence[PortfoliosDataNode], source: Source) -> datetime | None:
-    """Time of the oldest bar that any of the nodes may need: at its watermark, or as much earlier as staleness allows."""
-    oldest: list[datetime] = []
-    for node in nodes:
-        start = node.since or _start_of(node.portfolio_configuration)
-        if start is None:
-            return None
-        oldest.append(start - node.portfolio_configuration.alignment.maximum_staleness - source.margin)
-    return min(oldest)
 
 
 def _start_of(configuration: PortfolioConfiguration) -> datetime | None:
@@ -210,28 +231,37 @@ def _start_of(configuration: PortfolioConfiguration) -> datetime | None:
     return datetime.combine(configuration.start_date, datetime.min.time(), BEGINNING.tzinfo) - timedelta(days=1)
 
 
-def _market(
-    key: MarketKey,
-    nodes: Sequence[PortfoliosDataNode],
-    sources: Mapping[SourceKey, Source | MsmError],
-    calendars: Mapping[str, Sessions | MsmError],
-    prices: Mapping[PriceKey, dict[str, Series] | MsmError],
-    as_of: datetime,
-) -> Market | MsmError:
-    sessions, series, source = calendars[key.calendar_key], prices[key.source, key.column], sources[key.source]
-    for input_ in (series, sessions):
+def _cash_key(configuration: PortfolioConfiguration) -> CashKey:
+    assert configuration.execution.cash_rate is not None
+    return configuration.execution.cash_rate, configuration.rebalance.calendar_key, configuration.frequency
+
+
+def _cash_accounts(
+    connection: Connection, configurations: Sequence[PortfolioConfiguration], sources: Sources, calendars: Calendars, as_of: datetime
+) -> dict[CashKey, CashAccount | MsmError]:
+    """The whole history of each rate that is used: the level of an account is a recursion from its beginning."""
+    keys = {_cash_key(c) for c in configurations if c.execution.cash_rate}
+    return {key: _cash_account(connection, *key, sources, calendars, as_of) for key in keys}
+
+
+def _cash_account(
+    connection: Connection, rate: CashRate, calendar_key: str, frequency: timedelta, sources: Sources, calendars: Calendars, as_of: datetime
+) -> CashAccount | MsmError:
+    source, sessions = sources[rate.source.key], calendars[calendar_key]
+    for input_ in (source, sessions):
         if isinstance(input_, MsmError):
             return input_
-    assert isinstance(sessions, Sessions)
-    assert isinstance(series, dict)
     assert isinstance(source, Source)
-    assets = sorted({a for node in nodes for a in node.assets})
-    times = sessions.valuation_times(key.frequency)
-    first = min((bars.times[0] for a, bars in series.items() if a in set(assets)), default=utc(as_of, "as_of"))
-    watermarks = [utc(node.since, "watermark") for node in nodes if node.since]
-    begin = min([first, *watermarks])
-    grid = times[np.searchsorted(times, begin, "left") : np.searchsorted(times, utc(as_of, "as_of"), "right")]
-    return align(series, assets, sessions, grid, key.policy, source.identifier, key.column, source.time_label)
+    assert isinstance(sessions, Sessions)
+    try:
+        found = read_prices(connection, source, rate.column, [rate.identifier], None, as_of)
+    except MsmError as error:
+        return error
+    if rate.identifier not in found:
+        return MissingRate(rate=rate.identifier, source=source.identifier, time="any time")
+    times = sessions.valuation_times(frequency)
+    known = times[: int(np.searchsorted(times, utc(as_of, "as_of"), "right"))]
+    return cash_account(found[rate.identifier], known, rate.forward_fill, rate.day_count, rate.identifier, source.identifier)
 
 
 def _vectors_since(node: PortfoliosDataNode, markets: Markets) -> datetime:
@@ -258,20 +288,21 @@ def _read_states(connection: Connection, nodes: Sequence[PortfoliosDataNode]) ->
     old = {node.identifier: utc(node.since, "watermark") for node in nodes if node.since is not None}
     trades: dict[str, LastTrade] = last_trades(connection, list(old))
     values = read_values(connection, [(i, t) for i, trade in trades.items() for t in (old[i], trade.time)])
+    carrying = [node.identifier for node in nodes if node.identifier in trades and node.portfolio_configuration.rebalance.carries]
+    orders = read_orders(connection, carrying) if carrying else {}
     return {
-        i: State(old[i], *values[i, old[i]], trade_value=values[i, trade.time][1], last_trade=trade)
+        i: State(old[i], *values[i, old[i]], trade_value=values[i, trade.time][1], last_trade=trade, order=_open_order(orders.get(i)))
         for i, trade in trades.items()
         if (i, old[i]) in values and (i, trade.time) in values
     }
 
 
-def _signal_end(configuration: PortfolioConfiguration, inside: Inside) -> np.datetime64 | None:
-    """Last instant at which the signal's newest vector may still be valid; None = for ever. The bound itself is not valid."""
-    fill = configuration.signal.maximum_forward_fill
-    through = inside.signal_progress[configuration.signal_uid]
-    if fill is None or through is None:
+def _open_order(stored: tuple[Times, list[str], Floats, Floats] | None) -> OpenOrder | None:
+    if stored is None:
         return None
-    return utc(through, "signal progress") + fill - TICK
+    active_from, assets, goals, used = stored
+    active = active_from[~np.isnat(active_from)]
+    return OpenOrder(active[0] if len(active) else NEVER, tuple(assets), goals, used)
 
 
 # -- writing ------------------------------------------------------------------------------------------------------------------
@@ -280,23 +311,49 @@ def _signal_end(configuration: PortfolioConfiguration, inside: Inside) -> np.dat
 def _advances(node: PortfoliosDataNode, progress: ProgressRows, construction: Construction) -> list[Advance]:
     bars = construction.bars
     digest = input_digest(bars.assets, bars.times, bars.prices, bars.volumes, construction.trades.after)
-    blocks = [_values_block(node.identifier, construction), _weights_block(node.identifier, construction)]
-    if len(node.scopes) > len(blocks):
-        blocks.append(_index_block(node.scopes[-1].value, construction))
-    return [
-        Advance(
-            scope=scope,
-            epoch=progress[scope.uid].epoch,
-            watermark=to_datetime(construction.times[-1]),
-            row_count=rows + (0 if node.replace else progress[scope.uid].row_count),
-            configuration_hash=node.portfolio_configuration.configuration_hash,
-            code_version=CODE_VERSION,
-            input_digest=digest,
-            block=block if rows else None,
-            replace=node.replace,
+    blocks = {
+        PortfoliosStorage: _values_block(node.identifier, construction),
+        PortfolioWeightsStorage: _weights_block(node.identifier, construction),
+        PortfolioRebalanceStateStorage: _order_block(node.identifier, construction),
+    }
+    if node.portfolio_configuration.index_identifier:
+        blocks[PortfolioIndexValuesStorage] = _index_block(node.portfolio_configuration.index_identifier, construction)
+    advances = []
+    for scope in node.scopes:
+        block, rows = blocks[scope.storage]
+        replaced = node.replace or scope.storage is PortfolioRebalanceStateStorage  # of an order only what is left now is kept
+        advances.append(
+            Advance(
+                scope=scope,
+                epoch=progress[scope.uid].epoch,
+                watermark=to_datetime(construction.times[-1]),
+                row_count=rows + (0 if replaced else progress[scope.uid].row_count),
+                configuration_hash=node.portfolio_configuration.configuration_hash,
+                code_version=portfolio_code_version(node.portfolio_configuration),
+                input_digest=digest,
+                block=block if rows else None,
+                replace=replaced,
+            )
         )
-        for scope, (block, rows) in zip(node.scopes, blocks, strict=True)
-    ]
+    return advances
+
+
+def _order_block(identifier: str, construction: Construction) -> tuple[Block, int]:
+    """What is left of the order at the end of the window; the assets of which nothing is left, and nothing was used, have no row."""
+    order = construction.trades.order
+    kept = np.flatnonzero(~np.isnan(order.goals) | (order.used != 0)) if order else np.empty(0, np.int64)
+    if order is None or not len(kept):
+        return {}, 0
+    pending = ~np.isnan(order.goals[kept])
+    block = {
+        "portfolio_identifier": Text.constant(identifier, len(kept)),
+        "time_index": np.full(len(kept), construction.times[-1]),
+        "asset_identifier": Text(kept, construction.assets),
+        "target_weight": order.goals[kept],
+        "active_from": np.where(pending, order.active_from, NEVER),
+        "used_weight": order.used[kept],
+    }
+    return block, len(kept)
 
 
 def _values_block(identifier: str, construction: Construction) -> tuple[Block, int]:

@@ -14,7 +14,6 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, field_validator, model_validator
 from sqlalchemy import Connection
 
-from msm_core.configuration import PRICE_SOURCES, AnyPriceSource, PriceSource, SourceKey
 from msm_core.data_nodes.base import NodeResult
 from msm_core.data_nodes.prices import APIDataNode
 from msm_core.errors import (
@@ -29,6 +28,7 @@ from msm_core.frames import format_frequency, parse_frequency
 from msm_core.identity import Spec, identity
 from msm_core.interpolation import InterpolationRule
 from msm_core.models import InterpolatedPricesStorage
+from msm_core.price_sources import PRICE_SOURCES, AnyPriceSource, PriceSource, SourceKey
 from msm_core.signals.base import AssetIdentifier, sorted_unique
 from msm_core.sources import Source, grain_problems, read_sources
 from msm_core.storage import Scope

@@ -5,13 +5,15 @@ from datetime import datetime
 
 from sqlalchemy import Engine
 
+from msm_core.configuration import PortfolioConfiguration
 from msm_core.data_nodes.base import Batch, NodeResult, update_batch
 from msm_core.data_nodes.construction import PortfolioKind
+from msm_core.data_nodes.dependencies import dependencies, upstream_of
 from msm_core.data_nodes.interpolated_prices import InterpolatedAsset, InterpolatedPrices, resolve_sources
 from msm_core.data_nodes.interpolation import PricesKind
 from msm_core.data_nodes.planning import NodePlan, new_scopes, plan_portfolio, plan_prices, plan_signal, read_world, with_prices
 from msm_core.data_nodes.portfolios import PortfoliosDataNode
-from msm_core.data_nodes.registration import register_portfolios
+from msm_core.data_nodes.registration import read_configurations, register_portfolios
 from msm_core.data_nodes.signals import SignalKind, SignalWeights
 from msm_core.database import exported_snapshot, get_engine, transaction
 from msm_core.errors import ConfigurationError, MsmError, NodeFailed, StorageNotPrepared, UnknownAssets
@@ -20,7 +22,10 @@ from msm_core.storage import Scope, ensure_progress, verify_prepared
 
 
 def run_portfolio(node: PortfoliosDataNode, as_of: datetime | None, update_tree: bool) -> NodeResult:
-    """Register the portfolio, bring its signal up to date if `update_tree`, then itself. Raises NodeFailed, StorageNotPrepared."""
+    """Register the portfolio; if `update_tree` bring what it depends on up to date; then itself. Raises NodeFailed, StorageNotPrepared.
+
+    It depends on its signal, that on prices and on the stored portfolios that it tracks, and so on.
+    """
     engine, configuration = get_engine(), node.portfolio_configuration
     as_of = as_of or _now(engine)
     with transaction(engine, read_only=True) as connection:
@@ -28,8 +33,26 @@ def run_portfolio(node: PortfoliosDataNode, as_of: datetime | None, update_tree:
         source = resolve_sources(connection, [configuration.price_source]).sources[configuration.price_source.key]
         if isinstance(source, StorageNotPrepared):
             raise source
+    upstream = _upstream(engine, configuration) if update_tree else []
     with engine.begin() as connection:
         register_portfolios(connection, [configuration])
+    for other in upstream:
+        _run_alone(engine, other, as_of, update_tree)
+    return _run_alone(engine, configuration, as_of, update_tree)
+
+
+def _upstream(engine: Engine, configuration: PortfolioConfiguration) -> list[PortfolioConfiguration]:
+    """Stored portfolios that it waits for, in order. Raises CyclicPlan where it, or one of them, waits for itself."""
+    with transaction(engine, read_only=True) as connection:
+        stored = [c for c in read_configurations(connection).configurations if c.identifier != configuration.identifier]
+    fleet = dependencies([*stored, configuration])
+    upstream = upstream_of([configuration], fleet)
+    if cycle := next((fleet.cyclic[c.identifier] for c in (configuration, *upstream) if c.identifier in fleet.cyclic), None):
+        raise cycle
+    return upstream
+
+
+def _run_alone(engine: Engine, configuration: PortfolioConfiguration, as_of: datetime, update_tree: bool) -> NodeResult:
     with exported_snapshot(engine) as snapshot:
         with transaction(engine, read_only=True) as connection:
             world = read_world(connection, [configuration], as_of)
@@ -37,10 +60,13 @@ def run_portfolio(node: PortfoliosDataNode, as_of: datetime | None, update_tree:
         for result in _update_prices(engine, prices, as_of, snapshot):
             if result.identifier.partition("/")[2] in world.needed[configuration.identifier]:
                 _settled(result)
-        signal = plan_signal(configuration.signal, world, as_of, full_refresh=False).node
-        if update_tree and signal is not None:
-            _settled(update_batch(engine, Batch(SignalKind(), (signal,), as_of, snapshot=snapshot))[0])
-        plan = plan_portfolio(configuration, with_prices(world, prices), as_of, full_refresh=False)
+        world = with_prices(world, prices)
+        signal = plan_signal(configuration.signal, world, as_of, full_refresh=False)
+        if update_tree and signal.error:
+            _settled(NodeResult("signal", signal.identifier, "failed", error=signal.error))
+        if update_tree and signal.node is not None:
+            _settled(update_batch(engine, Batch(SignalKind(), (signal.node,), as_of, snapshot=snapshot))[0])
+        plan = plan_portfolio(configuration, world, as_of, full_refresh=False, signal=signal)
         if plan.error:
             _settled(NodeResult("portfolio", plan.identifier, "failed", error=plan.error))
         if plan.node is None:

@@ -8,25 +8,24 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Generic, Literal, TypeVar
-from uuid import UUID
 
 from sqlalchemy import Connection
 
-from msm_core.configuration import PortfolioConfiguration, PriceSource, SourceKey
+from msm_core.configuration import PortfolioConfiguration
 from msm_core.construction import required_assets
 from msm_core.data_nodes.base import failure_facts
 from msm_core.data_nodes.interpolated_prices import InterpolatedAsset, Resolved, resolve_sources
-from msm_core.data_nodes.portfolios import PortfoliosDataNode, portfolio_scopes
-from msm_core.data_nodes.signals import SignalWeights
-from msm_core.errors import MissingPrices, MsmError, SourceUnusable, UnknownAssets
+from msm_core.data_nodes.portfolios import PortfoliosDataNode, portfolio_code_version, portfolio_scopes
+from msm_core.data_nodes.signals import SignalWeights, asset_names
+from msm_core.errors import DependencyFailed, MissingPrices, MissingRate, MsmError, SourceUnusable, UnknownAssets
 from msm_core.frames import TICK, to_datetime, utc
 from msm_core.interpolation import CODE_VERSION as PRICES_CODE_VERSION
-from msm_core.models import SignalWeightsStorage
-from msm_core.signals import CODE_VERSION as SIGNAL_CODE_VERSION
+from msm_core.models import PortfolioRebalanceStateStorage, SignalWeightsStorage
+from msm_core.price_sources import PriceSource, SourceKey
 from msm_core.signals import Signal
-from msm_core.sources import Source, grain_problems, price_coverage, read_asset_calendars
+from msm_core.signals.computed import ComputedSignal
+from msm_core.sources import AssetFacts, Source, grain_problems, price_coverage, read_assets
 from msm_core.storage import Progress, ProgressRows, Scope, last_trades, read_progress
-from msm_core.valuation import CODE_VERSION as PORTFOLIO_CODE_VERSION
 
 Reason = Literal[
     "new", "configuration changed", "code changed", "full refresh", "inputs advanced", "previous failure", "up to date", "invalid"
@@ -34,6 +33,7 @@ Reason = Literal[
 NodeT = TypeVar("NodeT", InterpolatedAsset, SignalWeights, PortfoliosDataNode)
 SESSION_LENGTH_MAX = timedelta(days=2)  # from the stamp of a bar to the close of its session, in any time zone
 Bounds = Mapping[str, tuple[datetime, datetime]]  # first and last bar per asset
+Limit = tuple[datetime, str]  # an end of a window, and what sets it: an asset, "signal", "cash rate" or "as of"
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class World:
     """What the plan of a fleet is decided from, all of it read in a fixed number of statements.
 
     needed     assets of each portfolio: its universe, what it holds, its override asset
-    assets     those of them that are registered, and the calendar of each; None = it trades around the clock
+    assets     those of them that are registered, and what the registry says of them
     coverage   of the prices that are read, by (source, column); where they are interpolated, of what is stored
     wanted     assets that are to be interpolated, by key
     originals  coverage of the bars that they are made from
@@ -68,7 +68,7 @@ class World:
     held: Mapping[str, tuple[str, ...]]
     needed: Mapping[str, set[str]]
     resolved: Resolved
-    assets: Mapping[str, UUID | None]
+    assets: Mapping[str, AssetFacts]
     coverage: Mapping[tuple[SourceKey, str], Bounds]
     wanted: Mapping[SourceKey, set[str]]
     originals: Mapping[SourceKey, Bounds]
@@ -77,26 +77,26 @@ class World:
 def read_world(
     connection: Connection, configurations: Sequence[PortfolioConfiguration], as_of: datetime, price_sources: Iterable[PriceSource] = ()
 ) -> World:
-    """Statements: five, one more per (price source, column), and where prices are interpolated one per storage and one more.
+    """Statements: five, one more per (source, column), and where prices are interpolated one per storage and one more.
 
     price_sources  that are of interest beside those of the portfolios
     """
-    price_sources = list(price_sources)
+    signals = list({c.signal_uid: c.signal for c in configurations}.values())
     held = {i: trade.held() for i, trade in last_trades(connection, [c.identifier for c in configurations]).items()}
     needed = {c.identifier: {*c.signal.universe, *held.get(c.identifier, ()), *c.signal.override} for c in configurations}
-    resolved = resolve_sources(connection, [*price_sources, *(c.price_source for c in configurations)])
+    uses = [*((p, None, ()) for p in price_sources), *_uses(configurations, signals, needed)]
+    resolved = resolve_sources(connection, [source for source, _, _ in uses])
     interpolated: dict[SourceKey, set[str]] = {key: set() for key in resolved.storages if isinstance(resolved.sources[key], Source)}
-    for price_source, assets in [*((p, ()) for p in price_sources), *((c.price_source, needed[c.identifier]) for c in configurations)]:
+    wanted: dict[tuple[SourceKey, str], set[str]] = {}
+    for price_source, column, assets in uses:
         if price_source.key in interpolated:
             interpolated[price_source.key].update(assets if price_source.asset_list is None else price_source.asset_list)
-    wanted: dict[tuple[SourceKey, str], set[str]] = {}
-    for c in configurations:
-        if _source_error(c, resolved) is None:
-            wanted.setdefault((c.price_source.key, c.price_column), set()).update(needed[c.identifier])
-    scopes = [s for c in configurations for s in (*portfolio_scopes(c), Scope(SignalWeightsStorage, c.signal_uid))]
+        if column is not None and source_error(resolved.sources[price_source.key], column) is None:
+            wanted.setdefault((price_source.key, column), set()).update(assets)
+    scopes = [s for c in configurations for s in (*portfolio_scopes(c, has_orders=True), Scope(SignalWeightsStorage, c.signal_uid))]
     scopes += [Scope(resolved.storages[key], asset) for key, assets in interpolated.items() for asset in assets]
     progress = read_progress(connection, {s.uid for s in scopes})
-    known = read_asset_calendars(connection, sorted({a for names in (*needed.values(), *interpolated.values()) for a in names}))
+    known = read_assets(connection, {a for names in (*needed.values(), *interpolated.values(), *map(asset_names, signals)) for a in names})
     coverage: dict[tuple[SourceKey, str], Bounds] = {}
     for (key, column), names in wanted.items():
         source = resolved.sources[key]
@@ -106,6 +106,26 @@ def read_world(
         key: price_coverage(connection, resolved.origins[key], "close", sorted(names), as_of) for key, names in interpolated.items()
     }
     return World(progress, held, needed, resolved, known, coverage, interpolated, originals)
+
+
+def price_sources_of(configurations: Sequence[PortfolioConfiguration]) -> list[PriceSource]:
+    """Everything that a fleet reads numbers from, portfolios and their signals."""
+    signals = list({c.signal_uid: c.signal for c in configurations}.values())
+    return [source for source, _, _ in _uses(configurations, signals, {c.identifier: set() for c in configurations})]
+
+
+def _uses(
+    configurations: Sequence[PortfolioConfiguration], signals: Sequence[Signal], needed: Mapping[str, set[str]]
+) -> Iterable[tuple[PriceSource, str, Iterable[str]]]:
+    """(source, column, assets) of everything that the fleet reads."""
+    for c in configurations:
+        yield c.price_source, c.price_column, needed[c.identifier]
+        if rate := c.execution.cash_rate:
+            yield rate.source, rate.column, (rate.identifier,)
+    for signal in signals:
+        yield from ((request.source, request.column, request.identifiers) for request in signal.requests)
+        if (location := signal.weights_location) and location.source:
+            yield location.source, location.column, signal.universe
 
 
 def plan_prices(world: World, as_of: datetime, full_refresh: bool) -> list[NodePlan[InterpolatedAsset]]:
@@ -129,7 +149,7 @@ def _plan_asset(
     node = InterpolatedAsset(
         **storage.__metatable_extra_hash_components__,  # type: ignore[arg-type] - text that pydantic reads
         asset_identifier=asset,
-        calendar_uid=world.assets[asset],
+        calendar_uid=world.assets[asset].calendar_uid,
         watermark=watermark,
         expected_epoch=before.epoch if before else 0,
     )
@@ -168,46 +188,99 @@ def with_prices(world: World, plans: Sequence[NodePlan[InterpolatedAsset]]) -> W
 
 
 def plan_signal(signal: Signal, world: World, as_of: datetime, full_refresh: bool) -> NodePlan[SignalWeights]:
-    """A signal whose computation, or a later vector, is due."""
+    """A signal whose computation, or a later vector, is due; what cannot work (unknown assets, no prices, bad source) is told here."""
+    try:
+        return _plan_signal(signal, world, as_of, full_refresh)
+    except Exception as error:
+        return NodePlan(signal.uid, "invalid", None, error=failure_facts(error))
+
+
+def _plan_signal(signal: Signal, world: World, as_of: datetime, full_refresh: bool) -> NodePlan[SignalWeights]:
     identifier = signal.uid
     before = world.progress.get(Scope(SignalWeightsStorage, identifier).uid)
-    if before is None or before.watermark is None:
+    watermark = before.watermark if before else None
+    if unknown := sorted(asset_names(signal) - world.assets.keys()) if signal.requests else []:
+        raise UnknownAssets(owner=f"signal {signal.kind}", assets=", ".join(unknown))
+    end, limit = as_of, "as of"
+    if isinstance(signal, ComputedSignal):
+        end, limit = _computed_end(signal, world, watermark, as_of)
+    if watermark is None:
         reason: Reason = "new"
     elif full_refresh:
         reason = "full refresh"
-    elif before.code_version != SIGNAL_CODE_VERSION:
+    elif before and before.code_version != signal.code_version:
         reason = "code changed"
-    elif _may_emit(signal, before.watermark, as_of):
+    elif end > watermark and (isinstance(signal, ComputedSignal) or _may_emit(signal, world, watermark, as_of)):
         reason = "inputs advanced"
     else:
-        return NodePlan(identifier, "up to date", None, before.watermark, before.watermark)
-    start = before.watermark if before and reason == "inputs advanced" else None
+        return NodePlan(identifier, "up to date", None, watermark, watermark, limit)
     node = SignalWeights(
-        signal_weights_instance=signal, replace=full_refresh or reason == "code changed", expected_epoch=before.epoch if before else None
+        signal_weights_instance=signal,
+        watermark=watermark,
+        replace=reason in ("full refresh", "code changed"),
+        expected_epoch=before.epoch if before else None,
     )
-    return NodePlan(identifier, reason, node, start, as_of)
+    return NodePlan(identifier, reason, node, node.since, end, limit)
 
 
-def _may_emit(signal: Signal, watermark: datetime, as_of: datetime) -> bool:
+def _may_emit(signal: Signal, world: World, watermark: datetime, as_of: datetime) -> bool:
     """Whether a later vector is due. A signal that raises is given work: it fails there, alone, with what depends on it."""
+    if location := signal.weights_location:
+        if location.source is None:
+            return True  # what is in a file is known once it is read
+        covered = world.coverage.get((location.source.key, location.column), {})
+        return any(last > watermark for _, last in covered.values())
     try:
         return len(signal.emit(utc(watermark, "watermark"), utc(as_of, "as_of")).times) > 0
     except Exception:
         return True
 
 
+def _computed_end(signal: ComputedSignal, world: World, watermark: datetime | None, as_of: datetime) -> Limit:
+    """Where the universe of a computed signal is covered. Raises SourceNotRegistered, SourceUnusable, MissingPrices."""
+    ends: list[Limit] = [(as_of, "as of")]
+    for request in signal.requests:
+        source = world.resolved.sources[request.source.key]
+        if error := source_error(source, request.column):
+            raise error
+        assert isinstance(source, Source)
+        covered = world.coverage[request.source.key, request.column]
+        absent = [a for a in request.identifiers if a not in covered and not _is_gone(world, a, as_of)]
+        if signal.stale_after_sessions is not None:
+            continue  # whoever is silent may be left out; sessions are counted when it is computed
+        if absent and watermark is None:
+            raise MissingPrices(
+                portfolio=f"signal {signal.kind}", source=source.identifier, column=request.column, assets=", ".join(absent)
+            )
+        if absent:
+            return watermark or as_of, absent[0]
+        ends += [(covered[a][1] + source.margin, a) for a in request.identifiers if not _is_gone(world, a, as_of)]
+    return min(ends)
+
+
+def _is_gone(world: World, asset: str, as_of: datetime) -> bool:
+    """It may be delisted by then, in some time zone; whether it is, its calendar tells when it is computed."""
+    facts = world.assets.get(asset)
+    return bool(facts and facts.delisted_on and facts.delisted_on <= as_of.date())
+
+
 def plan_portfolio(
-    configuration: PortfolioConfiguration, world: World, as_of: datetime, full_refresh: bool
+    configuration: PortfolioConfiguration,
+    world: World,
+    as_of: datetime,
+    full_refresh: bool,
+    signal: NodePlan[SignalWeights] | None = None,
 ) -> NodePlan[PortfoliosDataNode]:
     """Reason, window and work of one portfolio; what cannot work (unknown assets, no prices, bad source) is told here, by name."""
     try:
-        return _plan_portfolio(configuration, world, as_of, full_refresh)
+        signal = signal or plan_signal(configuration.signal, world, as_of, full_refresh)
+        return _plan_portfolio(configuration, world, as_of, full_refresh, signal)
     except Exception as error:  # one portfolio's trouble, foreseen or not, must not stop the fleet's plan
         return NodePlan(configuration.identifier, "invalid", None, error=failure_facts(error))
 
 
 def _plan_portfolio(
-    configuration: PortfolioConfiguration, world: World, as_of: datetime, full_refresh: bool
+    configuration: PortfolioConfiguration, world: World, as_of: datetime, full_refresh: bool, signal: NodePlan[SignalWeights]
 ) -> NodePlan[PortfoliosDataNode]:
     identifier = configuration.identifier
     own = [world.progress.get(scope.uid) for scope in portfolio_scopes(configuration)]
@@ -222,9 +295,13 @@ def _plan_portfolio(
     unknown = [a for a in required if a not in world.assets]
     if unknown:
         raise UnknownAssets(owner=identifier, assets=", ".join(unknown))
-    if error := _source_error(configuration, world.resolved):
+    source = world.resolved.sources[configuration.price_source.key]
+    if error := source_error(source, configuration.price_column, configuration.rebalance.liquidity_column):
         raise error
-    end, limit = min(_priced_end(configuration, world, required, start, as_of), _signal_end(configuration, world, as_of))
+    if signal.error:
+        raise DependencyFailed(upstream=f"signal {signal.identifier} ({signal.error['message']})")
+    ends = [_priced_end(configuration, world, required, start, as_of), _signal_end(configuration, signal, as_of)]
+    end, limit = min(*ends, _rate_end(configuration, world, as_of))
     window = NodePlan[PortfoliosDataNode](identifier, reason, None, start, end, limit)
     if start is not None and end <= start:
         return replace(window, reason="up to date")
@@ -234,6 +311,7 @@ def _plan_portfolio(
         watermark=watermark,
         replace=rebuilt,
         expected_epoch=before.epoch if before else None,
+        had_orders=rebuilt and Scope(PortfolioRebalanceStateStorage, identifier).uid in world.progress,
     )
     return replace(window, node=node)
 
@@ -247,24 +325,21 @@ def _reason(configuration: PortfolioConfiguration, own: Sequence[Progress | None
     state = (before.watermark, configuration.configuration_hash)
     if any(p is None or (p.watermark, p.configuration_hash) != state for p in own):  # its own hash, or an index it did not publish before
         return "configuration changed"
-    if before.code_version != PORTFOLIO_CODE_VERSION:
+    if before.code_version != portfolio_code_version(configuration):
         return "code changed"
     return "inputs advanced"
 
 
-def _source_error(configuration: PortfolioConfiguration, resolved: Resolved) -> MsmError | None:
-    source, column = resolved.sources[configuration.price_source.key], configuration.price_column
+def source_error(source: Source | MsmError, column: str, liquidity_column: str | None = None) -> MsmError | None:
+    """Why numbers of `column` cannot be read from a source, or a strategy cannot do without `liquidity_column`; None = they can."""
     if isinstance(source, MsmError):
         return source
-    wrong = grain_problems(source.columns, source.readable)
+    wrong = grain_problems(source.columns, source.readable, source.scope)
     if column not in source.numeric:
-        wrong.append(f"it has no numeric column {column!r}, only {', '.join(source.numeric)}; set price_column")
-    if configuration.rebalance.needs_volume and "volume" not in source.numeric:
-        wrong.append(f"{configuration.rebalance.kind} needs a volume column")
+        wrong.append(f"it has no numeric column {column!r}, only {', '.join(source.numeric)}; correct the name of the column")
+    if liquidity_column is not None and liquidity_column not in source.numeric:
+        wrong.append(f"the rebalance strategy needs its numeric column {liquidity_column!r}, which it does not have")
     return SourceUnusable(source=source.identifier, why=wrong[0]) if wrong else None
-
-
-Limit = tuple[datetime, str]  # an end of the window, and what sets it: an asset, "signal" or "as of"
 
 
 def _priced_end(
@@ -274,19 +349,42 @@ def _priced_end(
     source = world.resolved.sources[configuration.price_source.key]
     assert isinstance(source, Source)
     covered = world.coverage[configuration.price_source.key, configuration.price_column]
+    required = [a for a in required if not _is_gone(world, a, as_of)]
     absent = [a for a in required if a not in covered]
     if absent and start is None:
         facts = {"source": source.identifier, "column": configuration.price_column, "assets": ", ".join(absent)}
         raise MissingPrices(portfolio=configuration.identifier, **facts)
     if absent:
         return start or as_of, absent[0]
-    return min((covered[a][1] + source.margin, a) for a in required)
+    return min(((covered[a][1] + source.margin, a) for a in required), default=(as_of, "as of"))
 
 
-def _signal_end(configuration: PortfolioConfiguration, world: World, as_of: datetime) -> Limit:
-    """The last instant at which the signal's newest vector is valid, when no newer one is due; else `as_of`."""
-    signal, fill = configuration.signal, configuration.signal.maximum_forward_fill
-    before = world.progress.get(Scope(SignalWeightsStorage, configuration.signal_uid).uid)
-    if fill is None or before is None or before.watermark is None or plan_signal(signal, world, as_of, full_refresh=False).node:
+def _signal_end(configuration: PortfolioConfiguration, plan: NodePlan[SignalWeights], as_of: datetime) -> Limit:
+    """How far the signal reaches: where its newest vector expires, when no newer one is due; and of a computed one, what is computed.
+
+    On another calendar than the portfolio's, a computed signal may reach further than its last session; that is told when it runs.
+    """
+    signal, end = configuration.signal, plan.end
+    if isinstance(signal, ComputedSignal) and end is not None:
+        grid = (configuration.rebalance.calendar_key, configuration.frequency)
+        if (signal.calendar_key, signal.frequency) == grid:
+            return min((as_of, "as of"), (end, "signal"))
+    fill = signal.maximum_forward_fill
+    if fill is None or end is None or plan.node is not None:
         return as_of, "as of"
-    return min((as_of, "as of"), (to_datetime(utc(before.watermark, "watermark") + fill - TICK), "signal"))
+    return min((as_of, "as of"), (to_datetime(utc(end, "watermark") + fill - TICK), "signal"))
+
+
+def _rate_end(configuration: PortfolioConfiguration, world: World, as_of: datetime) -> Limit:
+    """How far the cash rate is known. Raises what is wrong with its source."""
+    rate = configuration.execution.cash_rate
+    if rate is None:
+        return as_of, "as of"
+    source = world.resolved.sources[rate.source.key]
+    if error := source_error(source, rate.column):
+        raise error
+    assert isinstance(source, Source)
+    covered = world.coverage[rate.source.key, rate.column].get(rate.identifier)
+    if covered is None:
+        raise MissingRate(rate=rate.identifier, source=source.identifier, time="any time")
+    return min((as_of, "as of"), (covered[1] + rate.forward_fill + SESSION_LENGTH_MAX, "cash rate"))

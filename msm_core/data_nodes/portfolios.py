@@ -5,14 +5,14 @@ from datetime import datetime
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict
 
-from msm_core.configuration import PortfolioConfiguration, PriceSource
+from msm_core.configuration import PortfolioConfiguration
 from msm_core.construction import required_assets
 from msm_core.data_nodes.base import NodeResult
 from msm_core.data_nodes.signals import SignalWeights
-from msm_core.models import PortfolioIndexValuesStorage, PortfoliosStorage, PortfolioWeightsStorage
-from msm_core.storage import (
-    Scope,
-)
+from msm_core.models import PortfolioIndexValuesStorage, PortfolioRebalanceStateStorage, PortfoliosStorage, PortfolioWeightsStorage
+from msm_core.price_sources import PriceSource
+from msm_core.storage import Scope
+from msm_core.valuation import CODE_VERSION
 
 
 class PortfoliosDataNode(BaseModel):
@@ -21,6 +21,7 @@ class PortfoliosDataNode(BaseModel):
     held            assets of the last stored weights vector with a weight
     watermark, expected_epoch  progress that the plan saw; a node that has moved since is reported busy
     replace         compute from scratch and replace everything that is stored, in one transaction
+    had_orders      an earlier configuration of it left orders, which go with it
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -30,6 +31,7 @@ class PortfoliosDataNode(BaseModel):
     watermark: AwareDatetime | None = None
     replace: bool = False
     expected_epoch: int | None = None
+    had_orders: bool = False
 
     @property
     def identifier(self) -> str:
@@ -37,7 +39,7 @@ class PortfoliosDataNode(BaseModel):
 
     @property
     def scopes(self) -> tuple[Scope, ...]:
-        return portfolio_scopes(self.portfolio_configuration)
+        return portfolio_scopes(self.portfolio_configuration, self.had_orders)
 
     @property
     def data_node_uid(self) -> uuid.UUID:
@@ -80,9 +82,16 @@ class PortfolioWeights(PortfoliosDataNode):
         return self.scopes[1].uid
 
 
-def portfolio_scopes(configuration: PortfolioConfiguration) -> tuple[Scope, ...]:
-    """Progress rows that one portfolio moves together: values first, weights, and its index publication if it has one."""
+def portfolio_scopes(configuration: PortfolioConfiguration, has_orders: bool = False) -> tuple[Scope, ...]:
+    """Progress rows that one portfolio moves together: values first, weights, its index publication and its orders if it has any."""
     scopes = [Scope(PortfoliosStorage, configuration.identifier), Scope(PortfolioWeightsStorage, configuration.identifier)]
     if configuration.index_identifier:
         scopes.append(Scope(PortfolioIndexValuesStorage, configuration.index_identifier))
+    if has_orders or configuration.rebalance.carries:
+        scopes.append(Scope(PortfolioRebalanceStateStorage, configuration.identifier))
     return tuple(scopes)
+
+
+def portfolio_code_version(configuration: PortfolioConfiguration) -> str:
+    """Of the kernels and of its strategy: a change of either computes it afresh."""
+    return f"{CODE_VERSION}.{configuration.rebalance.code_version}"

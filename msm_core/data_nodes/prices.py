@@ -15,7 +15,7 @@ import pandas as pd
 from psycopg import sql
 from sqlalchemy import Connection, Engine
 
-from msm_core.configuration import PRICE_SOURCES, PriceSource, PriceTypeNames
+from msm_core.configuration import PriceTypeNames
 from msm_core.copying import Column, Text, copy_in, driver_connection, execute, fetch
 from msm_core.data_nodes.base import NodeResult
 from msm_core.database import get_engine, retrying, transaction
@@ -23,6 +23,7 @@ from msm_core.errors import InvalidFrame, UnknownAssets
 from msm_core.frames import Floats, Times, iso, to_datetime, utc
 from msm_core.identity import logical_identifier, storage_uid
 from msm_core.models import AssetTable, ExternalPricesStorage
+from msm_core.price_sources import PRICE_SOURCES, PriceSource
 from msm_core.sources import NUMERIC_TYPES, foreign_name
 from msm_core.storage import verify_prepared
 

@@ -1,15 +1,17 @@
 """The identity rows that portfolios need before they can be computed, and their stored, versioned configurations."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from psycopg import sql
+from pydantic import ValidationError
 from sqlalchemy import Connection
 
 from msm_core.configuration import PortfolioConfiguration
 from msm_core.copying import fetch
+from msm_core.data_nodes.base import failure_facts
 from msm_core.data_nodes.portfolios import portfolio_scopes
-from msm_core.errors import ConfigurationError, IndexTaken
+from msm_core.errors import ConfigurationError, IndexTaken, MsmError
 from msm_core.models import (
     IndexTable,
     PortfolioConfigurationTable,
@@ -43,14 +45,30 @@ def register_portfolios(connection: Connection, configurations: Sequence[Portfol
     return _store_versions(connection, configurations, portfolios, stored)
 
 
-def read_configurations(connection: Connection) -> list[PortfolioConfiguration]:
-    """The newest configuration of every stored portfolio, in order of identifier; all of them, whatever their number."""
+class StoredFleet(NamedTuple):
+    """What `prepare` stored: configurations in order of identifier, and what is wrong with those that cannot be read any more.
+
+    A kind whose plugin is gone makes its own portfolios unreadable, and nobody else's.
+    """
+
+    configurations: list[PortfolioConfiguration]
+    unreadable: dict[str, dict[str, str]]
+
+
+def read_configurations(connection: Connection) -> StoredFleet:
+    """The newest configuration of every stored portfolio; all of them, whatever their number."""
     statement = sql.SQL("""
-        SELECT DISTINCT ON (p.unique_identifier) c.configuration
+        SELECT DISTINCT ON (p.unique_identifier) p.unique_identifier, c.configuration
         FROM {configuration} c JOIN {portfolio} p ON p.uid = c.portfolio_uid
         ORDER BY p.unique_identifier, c.version DESC
     """).format(configuration=_name(PortfolioConfigurationTable), portfolio=_name(PortfolioTable))
-    return [PortfolioConfiguration.model_validate(document) for (document,) in fetch(connection, statement, {})]
+    fleet = StoredFleet([], {})
+    for identifier, stored in fetch(connection, statement, {}):
+        try:
+            fleet.configurations.append(PortfolioConfiguration.model_validate(stored))
+        except (MsmError, ValidationError) as error:
+            fleet.unreadable[identifier] = failure_facts(error)
+    return fleet
 
 
 def _check_unique(configurations: Sequence[PortfolioConfiguration]) -> None:
@@ -80,7 +98,7 @@ def _upsert_metadata(connection: Connection, configurations: Sequence[PortfolioC
     signals = {c.signal_uid: c.portfolio_markets_configuration.signal_name or c.signal.explanation() for c in configurations}
     rows = [{"signal_uid": uid, "signal_description": name} for uid, name in signals.items()]
     upsert_rows(connection, SignalMetadataTable, rows, key=("signal_uid",))
-    strategies = {c.rebalance.uid: c.rebalance.model_dump(mode="json") for c in configurations}
+    strategies = {c.rebalance.uid: c.rebalance.model_dump(mode="json", exclude_none=True) for c in configurations}
     rows = [{"rebalance_strategy_uid": uid, "configuration_json": dump} for uid, dump in strategies.items()]
     upsert_rows(connection, RebalanceStrategyMetadataTable, rows, key=("rebalance_strategy_uid",))
     described = [(c.identifier, c.portfolio_markets_configuration) for c in configurations]

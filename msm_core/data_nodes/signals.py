@@ -1,30 +1,44 @@
 """Signal nodes: each distinct signal is computed once per run, whoever follows it."""
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import AwareDatetime, BaseModel, ConfigDict
 from sqlalchemy import Connection
 
 from msm_core.configuration import AnySignal
 from msm_core.copying import Block, Text
 from msm_core.data_nodes.base import NodeResult, input_digest
-from msm_core.errors import InvalidWeight, UnknownAssets
-from msm_core.frames import iso, to_datetime, utc
+from msm_core.data_nodes.calendars import resolve_calendars
+from msm_core.data_nodes.interpolated_prices import resolve_sources
+from msm_core.data_nodes.markets import Calendars, MarketKey, Markets, Need, Sources, read_markets
+from msm_core.data_nodes.weight_files import read_weight_file
+from msm_core.errors import InvalidWeight, MsmError, SourceUnusable, UnknownAssets
+from msm_core.frames import SignalRows, iso, to_datetime, utc
 from msm_core.models import SignalWeightsStorage
-from msm_core.signals import CODE_VERSION, Vectors
-from msm_core.storage import Advance, ProgressRows, Scope, known_assets
+from msm_core.price_sources import PriceSource, PublishedValues
+from msm_core.signals import Signal, Vectors
+from msm_core.signals.base import Inputs, Request, WeightsLocation
+from msm_core.signals.computed import ComputedSignal
+from msm_core.sources import AssetFacts, Source, delistings, read_assets, read_weight_rows
+from msm_core.storage import Advance, ProgressRows, Scope
 
 
 class SignalWeights(BaseModel):
-    """The node that writes a signal's vectors to SignalWeightsStorage, under its own signal_uid."""
+    """The node that writes a signal's vectors to SignalWeightsStorage, under its own signal_uid.
+
+    watermark, expected_epoch  progress that the plan saw; a node that has moved since is reported busy
+    replace                    compute from scratch and replace everything that is stored
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     signal_weights_instance: AnySignal
+    watermark: AwareDatetime | None = None
     replace: bool = False
     expected_epoch: int | None = None
 
@@ -41,9 +55,17 @@ class SignalWeights(BaseModel):
         """Uid of its progress row, to which Portfolio rows point."""
         return self.scopes[0].uid
 
-    def dependencies(self) -> dict[str, BaseModel]:
-        """Constant signals need nothing."""
-        return {}
+    @property
+    def since(self) -> datetime | None:
+        """Start of its window: its own watermark, never another signal's; None = from scratch."""
+        return None if self.replace else self.watermark
+
+    def dependencies(self) -> dict[str, PriceSource]:
+        """What it reads: by name of the request, prices or published values; nothing for a signal that needs nothing."""
+        signal = self.signal_weights_instance
+        location = signal.weights_location
+        read = {"weights": location.source} if location and location.source else {}
+        return {**read, **{request.name: request.source for request in signal.requests}}
 
     def run(
         self, debug_mode: bool = True, update_tree: bool = True, force_update: bool = False, as_of: datetime | None = None
@@ -55,44 +77,175 @@ class SignalWeights(BaseModel):
 
 
 @dataclass(frozen=True)
+class Outside:
+    """Inputs that belong to others; `weights` are those of external signals, by signal uid."""
+
+    sources: Sources
+    calendars: Calendars
+    markets: Markets
+    assets: Mapping[str, AssetFacts]
+    weights: Mapping[str, SignalRows | MsmError]
+    as_of: datetime
+
+
+@dataclass(frozen=True)
 class SignalKind:
     """How a batch of signals is brought up to date."""
 
     name: str = "signal"
 
-    def read_outside(self, connection: Connection, nodes: Sequence[SignalWeights], as_of: datetime) -> set[str]:
-        return known_assets(connection, {a for node in nodes for a in node.signal_weights_instance.universe})
+    def read_outside(self, connection: Connection, nodes: Sequence[SignalWeights], as_of: datetime) -> Outside:
+        """Statements: one; where signals are computed one or two for sources, two for calendars, one per (source, column); one per table
+        of weights."""
+        signals = [node.signal_weights_instance for node in nodes]
+        assets = read_assets(connection, {a for signal in signals for a in asset_names(signal)})
+        read = [source for node in nodes for source in node.dependencies().values()]
+        sources = resolve_sources(connection, read).sources if read else {}
+        keys = {s.calendar_key for s in signals if isinstance(s, ComputedSignal)}
+        calendars = resolve_calendars(connection, keys, as_of) if keys else {}
+        foreign = [need for need in needs_of(nodes) if not _is_inside(need, sources)]
+        markets = read_markets(connection, foreign, sources, calendars, delistings(assets), as_of)
+        return Outside(sources, calendars, markets, assets, _read_weights(connection, nodes, sources, as_of), as_of)
 
-    def read_inside(self, connection: Connection, nodes: Sequence[SignalWeights], progress: ProgressRows, outside: set[str]) -> None:
-        return None
+    def read_inside(self, connection: Connection, nodes: Sequence[SignalWeights], progress: ProgressRows, outside: Outside) -> Markets:
+        """One statement per (source, column) that this system writes."""
+        ours = [need for need in needs_of(nodes) if _is_inside(need, outside.sources)]
+        found = read_markets(connection, ours, outside.sources, outside.calendars, delistings(outside.assets), outside.as_of)
+        return {**outside.markets, **found}
 
-    def update(self, node: SignalWeights, progress: ProgressRows, outside: set[str], inside: None, as_of: datetime) -> list[Advance]:
+    def update(
+        self, node: SignalWeights, progress: ProgressRows, outside: Outside, inside: Markets, as_of: datetime
+    ) -> list[Advance]:  # fmt: skip
         signal, scope = node.signal_weights_instance, node.scopes[0]
-        unknown = [a for a in signal.universe if a not in outside]
+        unknown = sorted(asset_names(signal) - outside.assets.keys())
         if unknown:
             raise UnknownAssets(owner=f"signal {node.identifier}", assets=", ".join(unknown))
         before = progress[scope.uid]
         since = None if node.replace or before.watermark is None else utc(before.watermark, "watermark")
-        vectors = signal.emit(since, utc(as_of, "as_of"))
-        if not len(vectors.times):
-            return []
+        inputs = _inputs(node, outside, inside)
+        through = utc(as_of, "as_of")
+        if isinstance(signal, ComputedSignal):
+            computed = signal.computed_through(inputs, since, through) if _has_begun(signal, inputs) else None
+            if computed is None or (since is not None and computed <= since):
+                return []
+            through = computed
+            assert inputs.sessions is not None
+            inputs.sessions.require(through if since is None else since, through)
+        vectors = signal.emit(since, through, inputs)
+        if not isinstance(signal, ComputedSignal):
+            if not len(vectors.times):
+                return []
+            through = vectors.times[-1]
         block, rows = _block(node.identifier, vectors)
         return [
             Advance(
                 scope=scope,
                 epoch=before.epoch,
-                watermark=to_datetime(vectors.times[-1]),
+                watermark=to_datetime(through),
                 row_count=rows + (0 if node.replace else before.row_count),
                 configuration_hash=node.identifier,
-                code_version=CODE_VERSION,
+                code_version=signal.code_version,
                 input_digest=input_digest(signal.universe, vectors.times, vectors.weights),
-                block=block,
+                block=block if rows else None,
                 replace=node.replace,
             )
         ]
 
     def finish(self, connection: Connection, nodes: Sequence[SignalWeights]) -> None:
         return None
+
+
+# -- reading ------------------------------------------------------------------------------------------------------------------
+
+
+def asset_names(signal: Signal) -> set[str]:
+    """Everything that must be a registered asset: its universe, and what it is given prices of."""
+    return {*signal.universe, *(a for r in signal.requests if not isinstance(r.source, PublishedValues) for a in r.identifiers)}
+
+
+def market_key(signal: ComputedSignal, request: Request) -> MarketKey:
+    policy = signal.price_alignment_policy
+    return MarketKey(request.source.key, request.column, signal.calendar_key, signal.frequency, policy, None, request.zero_allowed)
+
+
+def needs_of(nodes: Iterable[SignalWeights]) -> list[Need]:
+    """What computed signals must be given: their windows, and as much before them as a vector or its staleness looks back."""
+    needs = []
+    for node in nodes:
+        signal = node.signal_weights_instance
+        if isinstance(signal, ComputedSignal):
+            history = max(signal.history_sessions, signal.stale_after_sessions or 0) + 1
+            needs += [Need(market_key(signal, r), r.identifiers, node.since, history) for r in signal.requests]
+    return needs
+
+
+def _is_inside(need: Need, sources: Sources) -> bool:
+    source = sources[need.key.source]
+    return isinstance(source, Source) and source.is_inside
+
+
+def _read_weights(
+    connection: Connection, nodes: Sequence[SignalWeights], sources: Sources, as_of: datetime
+) -> dict[str, SignalRows | MsmError]:
+    """Rows of external weights; equal locations are read once."""
+    groups: dict[tuple[Any, str, str | None], list[SignalWeights]] = {}
+    for node in nodes:
+        if location := node.signal_weights_instance.weights_location:
+            groups.setdefault((location.source and location.source.key, location.column, location.path), []).append(node)
+    found: dict[str, SignalRows | MsmError] = {}
+    for members in groups.values():
+        location = members[0].signal_weights_instance.weights_location
+        starts = [node.since for node in members]
+        since = None if None in starts else min(s for s in starts if s is not None)
+        assert location is not None
+        try:
+            rows: SignalRows | MsmError = _weights_at(connection, location, sources, since, as_of)
+        except MsmError as error:
+            rows = error
+        found |= {node.identifier: rows for node in members}
+    return found
+
+
+def _weights_at(
+    connection: Connection, location: WeightsLocation, sources: Sources, since: datetime | None, as_of: datetime
+) -> SignalRows:  # fmt: skip
+    if location.source is None:
+        assert location.path is not None
+        return read_weight_file(location.path, location.column)
+    source = sources[location.source.key]
+    if isinstance(source, MsmError):
+        raise source
+    if location.column not in source.numeric:
+        why = f"it has no numeric column {location.column!r}, only {', '.join(source.numeric)}; set weight_column"
+        raise SourceUnusable(source=source.identifier, why=why)
+    return read_weight_rows(connection, source, location.column, since, as_of)
+
+
+def _inputs(node: SignalWeights, outside: Outside, markets: Markets) -> Inputs:
+    """What one signal is given. Raises the error of an input that could not be read."""
+    signal = node.signal_weights_instance
+    rows = outside.weights.get(node.identifier)
+    if isinstance(rows, MsmError):
+        raise rows
+    if not isinstance(signal, ComputedSignal):
+        return Inputs(rows=rows)
+    panels = {}
+    for request in signal.requests:
+        market = markets[market_key(signal, request)]
+        if isinstance(market, MsmError):
+            raise market
+        panels[request.name] = market
+    sessions = outside.calendars[signal.calendar_key]
+    if isinstance(sessions, MsmError):
+        raise sessions
+    grid = max((panel.grid for panel in panels.values()), key=len)  # they all end at the as-of
+    return Inputs(sessions, {r.name: panels[r.name].viewed(r.identifiers, grid) for r in signal.requests})
+
+
+def _has_begun(signal: ComputedSignal, inputs: Inputs) -> bool:
+    """What it tracks has values. A portfolio that is to begin later has none yet: the signal waits for it."""
+    tracked = [inputs.panels[r.name] for r in signal.requests if isinstance(r.source, PublishedValues)]
+    return not any(np.isnat(panel.last_bar).any() for panel in tracked)
 
 
 def _block(signal_uid: str, vectors: Vectors) -> tuple[Block, int]:

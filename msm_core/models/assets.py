@@ -1,8 +1,9 @@
 """Assets and indexes: what prices and published portfolios are keyed by."""
 
 import uuid
+from datetime import date
 
-from sqlalchemy import ForeignKey, String, Text, Uuid
+from sqlalchemy import Date, ForeignKey, String, Text, Uuid
 from sqlalchemy.orm import Mapped
 
 from msm_core.models.base import Identifier, RegistryTable, column, metadata_json
@@ -24,6 +25,7 @@ class AssetTable(RegistryTable):
     calendar_uid: Mapped[uuid.UUID | None] = column(
         Uuid, "calendar of its trading sessions; null = it trades around the clock, 24/7", ForeignKey(CalendarTable.uid), index=True
     )
+    delisted_on: Mapped[date | None] = column(Date, "local date of its last trading day; null = it is listed")
 
 
 class IndexTypeTable(RegistryTable):

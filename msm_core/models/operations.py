@@ -19,7 +19,7 @@ class TimeIndexMetaTable(RegistryTable):
     identifier: Mapped[str] = column(Identifier(), "logical identifier, namespace included", unique=True)
     namespace: Mapped[str] = column(String(31), "namespace, empty for the default one", server_default="", default="")
     physical_table_name: Mapped[str] = column(Identifier(), "table in the database, schema-qualified where it needs to be")
-    kind: Mapped[str] = column(String(64), "prices, interpolated_prices, signal_weights, portfolio_weights, portfolios or portfolio_index")
+    kind: Mapped[str] = column(String(64), "such as prices, interpolated_prices, signal_weights, portfolio_weights, portfolios")
     cadence: Mapped[str | None] = column(String(16), "length of a bar: 1d, 5m; null where rows come as they come")
     time_label: Mapped[str] = column(
         String(16), "close: a bar is stamped at its end; session_date: at 00:00 of its local date", server_default="close", default="close"
@@ -37,7 +37,7 @@ class DataNodeUpdateTable(RegistryTable):
 
     __concept__ = "DataNodeUpdate"
     __table_args__ = (UniqueConstraint("storage", "scope"), CheckConstraint("epoch >= 0 AND row_count >= 0", name="counts"))
-    kind: Mapped[str] = column(String(64), "interpolated_prices, signal_weights, portfolio_weights, portfolios or portfolio_index")
+    kind: Mapped[str] = column(String(64), "kind of the storage: interpolated_prices, signal_weights, portfolios ...")
     storage: Mapped[str] = column(Identifier(), "logical identifier of the storage")
     scope: Mapped[str] = column(Identifier(), "value of the storage's scope column: whose rows")
     configuration_hash: Mapped[str | None] = column(String(64), "configuration that the rows were computed from")

@@ -135,6 +135,20 @@ class PortfolioWeightsStorage(StorageTable):
     volume_before: Mapped[float | None] = _number("volume at the event that struck the position")
 
 
+class PortfolioRebalanceStateStorage(StorageTable):
+    """What a portfolio has still to do at its watermark: the unfinished part of its order, replaced with every update."""
+
+    __concept__ = "PortfolioRebalanceState"
+    __storage_kind__ = "rebalance_state"
+    __scope__ = "portfolio_identifier"
+    portfolio_identifier: Mapped[str] = _key("Portfolio.unique_identifier")
+    time_index: Mapped[datetime] = _time_index("watermark of the portfolio, UTC")
+    asset_identifier: Mapped[str] = _key("Asset.unique_identifier")
+    target_weight: Mapped[float | None] = _number("weight that is still to be reached; null = nothing is to be done")
+    active_from: Mapped[datetime | None] = instant("instant from which the order is active, UTC")
+    used_weight: Mapped[float] = _number("sum of weight changes in the session of time_index", nullable=False)
+
+
 class PortfoliosStorage(StorageTable):
     """One row per valuation time."""
 
@@ -172,4 +186,5 @@ STORAGES: tuple[type[StorageTable], ...] = (
     PortfolioWeightsStorage,
     PortfoliosStorage,
     PortfolioIndexValuesStorage,
+    PortfolioRebalanceStateStorage,
 )

@@ -1,21 +1,23 @@
 """What every signal is: a frozen spec that says where a portfolio wants to be, before any trading."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import pairwise
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import numpy as np
-from pydantic import AwareDatetime, StringConstraints
+from pydantic import AwareDatetime, Field, StringConstraints
 
+from msm_core.alignment import Market
 from msm_core.frames import Floats, SignalRows, Times, utc
-from msm_core.identity import Spec
+from msm_core.identity import Spec, identity
+from msm_core.price_sources import PriceSource
+from msm_core.sessions import Sessions
 
 AssetIdentifier = Annotated[str, StringConstraints(min_length=1, max_length=255)]
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-CODE_VERSION = "1"  # bump when a change of a signal changes numbers that are already stored
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,63 @@ class Vectors:
         return np.where((index >= 0) & (age < maximum_forward_fill), index, -1)
 
 
+@dataclass(frozen=True)
+class Request:
+    """Numbers that a computed signal is given: one column of one source, for some assets (or portfolios, or indexes).
+
+    zero_allowed  0 is a valid number of it, as of a volume; a price must be above 0
+    """
+
+    name: str
+    source: PriceSource
+    column: str
+    identifiers: tuple[str, ...]
+    zero_allowed: bool = False
+
+
+@dataclass(frozen=True)
+class WeightsLocation:
+    """Where a signal's vectors are read from: a registered storage with rows (time_index, asset_identifier, column), or a file."""
+
+    source: PriceSource | None
+    column: str
+    path: str | None = None
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a signal's `requests` and `weights_location` brought; nothing of it is later than the run's as-of.
+
+    panels  by name of the request, all on one grid: the valuation times of the signal's calendar and frequency
+    rows    of the weights location, in key order: time, then asset
+    """
+
+    sessions: Sessions | None = None
+    panels: Mapping[str, Market] = field(default_factory=dict)
+    rows: SignalRows | None = None
+
+
+NOTHING = Inputs()
+
+
 class Signal(Spec):
     """Where a portfolio wants to be. Its uid is independent of namespace and of who consumes it.
 
     override_asset  an asset whose price is published as the portfolio's close; the computed value is kept beside it
     """
 
-    override_asset: AssetIdentifier | None = None
+    code_version: ClassVar[str] = "1"  # bump when a change of the signal changes numbers that are already stored
+
+    override_asset: AssetIdentifier | None = Field(
+        default=None, description="asset whose price is published as the portfolio's close; the computed value is kept beside it"
+    )
+
+    @property
+    def uid(self) -> str:
+        """As of any spec; of a price source only what changes numbers counts."""
+        fields = self.model_dump(exclude_none=True)
+        sources = {name: getattr(self, name) for name in type(self).model_fields}
+        return identity({**fields, **{n: s.identity_payload for n, s in sources.items() if isinstance(s, PriceSource)}})
 
     @property
     def override(self) -> tuple[str, ...]:
@@ -74,7 +126,17 @@ class Signal(Spec):
         """How long a vector stays valid; None = until the next one."""
         raise NotImplementedError
 
-    def emit(self, since: np.datetime64 | None, through: np.datetime64) -> Vectors:
+    @property
+    def requests(self) -> tuple[Request, ...]:
+        """Numbers that `emit` must be given; none for a signal that needs nothing."""
+        return ()
+
+    @property
+    def weights_location(self) -> WeightsLocation | None:
+        """Where its vectors are read, for a signal that others compute."""
+        return None
+
+    def emit(self, since: np.datetime64 | None, through: np.datetime64, inputs: Inputs = NOTHING) -> Vectors:
         """Vectors with since < time <= through; the same ones however the range is split."""
         raise NotImplementedError
 
@@ -86,7 +148,7 @@ class Signal(Spec):
 class ConstantSignal(Signal):
     """A signal of one vector, emitted at `effective_from` (aware; default 1970-01-01 UTC) and valid for ever."""
 
-    effective_from: AwareDatetime = EPOCH
+    effective_from: AwareDatetime = Field(default=EPOCH, description="instant at which the vector is emitted")
 
     def weights(self) -> Floats:
         """(N,) target weights in the order of `universe`."""
@@ -96,7 +158,7 @@ class ConstantSignal(Signal):
     def maximum_forward_fill(self) -> np.timedelta64 | None:
         return None
 
-    def emit(self, since: np.datetime64 | None, through: np.datetime64) -> Vectors:
+    def emit(self, since: np.datetime64 | None, through: np.datetime64, inputs: Inputs = NOTHING) -> Vectors:
         time = utc(self.effective_from, "effective_from")
         due = time <= through and (since is None or time > since)
         rows = slice(0, 1 if due else 0)

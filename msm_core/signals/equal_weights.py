@@ -13,7 +13,7 @@ class EqualWeights(ConstantSignal):
     """1 / N for each of the N assets of a universe."""
 
     kind: Literal["equal_weights"] = "equal_weights"
-    asset_list: tuple[AssetIdentifier, ...] = Field(min_length=1)
+    asset_list: tuple[AssetIdentifier, ...] = Field(min_length=1, description="assets that get 1 / N each")
 
     @field_validator("asset_list")
     @classmethod

@@ -24,7 +24,9 @@ class FixedWeights(ConstantSignal):
     """
 
     kind: Literal["fixed_weights"] = "fixed_weights"
-    asset_unique_identifier_weights: tuple[AssetWeight, ...] = Field(min_length=1)
+    asset_unique_identifier_weights: tuple[AssetWeight, ...] = Field(
+        min_length=1, description="the vector; weights: {AAPL: 0.6} in a fleet file"
+    )
 
     @field_validator("asset_unique_identifier_weights")
     @classmethod

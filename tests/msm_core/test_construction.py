@@ -1,107 +1,30 @@
-"""Construction: hand-worked windows on a calendar of weekdays, and random worlds of 9 to 12 assets run whole and night by night.
-
-A night sees what a nightly job would read: bars from the watermark (less the staleness) to its as-of, the vectors that may still
-matter, and the stored rows of the nights before; nothing else.
-"""
+"""Construction: hand-worked windows on a calendar of weekdays, and random worlds of 9 to 12 assets run whole and night by night."""
 
 import calendar
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import date, datetime, timedelta
-from typing import Any, Literal
-from uuid import UUID
+from typing import Any
 
 import numpy as np
 import pytest
 
-from msm_core.configuration import (
-    BacktestingWeightsConfig,
-    PortfolioBuildConfiguration,
-    PortfolioConfiguration,
-    PortfolioExecutionConfiguration,
-    PortfolioMarketsConfig,
-    PriceAlignmentPolicy,
-    PriceSource,
-)
-from msm_core.construction import Construction, Market, State, align, construct, required_assets, window_end
+from msm_core.alignment import Market, PriceAlignmentPolicy, align
+from msm_core.configuration import PortfolioConfiguration
+from msm_core.construction import Construction, State, construct, required_assets, window_end
 from msm_core.errors import CalendarRangeError, EmptySchedule, InvalidPrice, MissingPrice, MissingPrices, ScopeUndetermined
 from msm_core.frames import LastTrade, Series, SignalRows
-from msm_core.rebalance_strategy import ImmediateSignal
 from msm_core.sessions import Sessions
 from msm_core.signals import EqualWeights, FixedWeights, Signal, Vectors
 from tests.msm_core.test_valuation import REFERENCES
+from tests.runs import YEAR, Inputs, Scripted, portfolio, stored, value_rows, weekdays, weight_rows
 
 HOUR, DAY, TICK = np.timedelta64(1, "h"), np.timedelta64(1, "D"), np.timedelta64(1, "us")
 UNKNOWN = float("nan")
 
 
-class Prices(PriceSource):
-    """Not in the registry: only this file knows it."""
-
-    kind: Literal["prices_of_this_test"] = "prices_of_this_test"
-
-    @property
-    def source_uid(self) -> UUID:
-        return UUID(int=0)
-
-
-class Scripted(Signal):
-    """A signal whose vectors the test writes down. Not in the registry either."""
-
-    kind: Literal["scripted"] = "scripted"
-    assets: tuple[str, ...]
-    fill: timedelta | None = None
-
-    @property
-    def universe(self) -> tuple[str, ...]:
-        return tuple(sorted(self.assets))
-
-    @property
-    def maximum_forward_fill(self) -> np.timedelta64 | None:
-        return None if self.fill is None else np.timedelta64(self.fill)
-
-
-def portfolio(
-    signal: Signal,
-    *,
-    fee: float = 0.0,
-    accounting: Literal["drifted", "target"] = "drifted",
-    on: Any = "every_session",
-    lag: int = 0,
-    frequency: str = "1d",
-    start_date: date | None = None,
-    staleness: timedelta = timedelta(0),
-    missing: Literal["fail", "hold"] = "fail",
-) -> PortfolioConfiguration:
-    return PortfolioConfiguration(
-        portfolio_build_configuration=PortfolioBuildConfiguration(
-            price_source_instance=Prices(),
-            portfolio_prices_frequency=frequency,
-            start_date=start_date,
-            price_alignment_policy=PriceAlignmentPolicy(maximum_staleness=staleness, missing=missing),
-            execution_configuration=PortfolioExecutionConfiguration(commission_fee=fee, weight_accounting=accounting),
-            backtesting_weights_configuration=BacktestingWeightsConfig(
-                signal_weights_instance=signal,
-                rebalance_strategy_instance=ImmediateSignal(calendar_key="WEEKDAYS", rebalance_on=on, execution_lag=lag),
-            ),
-        ),
-        portfolio_markets_configuration=PortfolioMarketsConfig(portfolio_identifier="p"),
-    )
-
-
 # -- a calendar and bars, by hand ---------------------------------------------------------------------------------------------
-
-
-def weekdays(first: str, last: str, valid_to: str | None = None, timezone: str = "UTC", opens: int = 14, closes: int = 21) -> Sessions:
-    days = np.arange(np.datetime64(first, "D"), np.datetime64(last, "D") + 1)
-    days = days[np.is_busday(days)]
-    midnights = days.astype("datetime64[us]")
-    through = np.datetime64(valid_to or last, "D")
-    return Sessions("WEEKDAYS", days, midnights + opens * HOUR, midnights + closes * HOUR, np.datetime64(first, "D"), through, timezone)
-
-
-YEAR = weekdays("2024-01-01", "2024-12-31")  # 1 January is a Monday: sessions 0..4 are Mo 1 to Fr 5, 5..9 are Mo 8 to Fr 12
 
 
 def at(text: str) -> np.datetime64:
@@ -141,112 +64,6 @@ def market_of(
 
 
 # -- runs ---------------------------------------------------------------------------------------------------------------------
-
-
-def stored(before: State | None, built: Construction) -> State:
-    """What the database holds after these rows."""
-    trades, trade, value = built.trades, before and before.last_trade, before and before.trade_value
-    if len(trades.rows):
-        row = trades.rows[-1]
-        listed = np.flatnonzero((trades.after[-1] != 0) | (trades.before[-1] != 0))
-        names = tuple(built.assets[i] for i in listed)
-        trade = LastTrade(
-            built.bars.times[row], names, trades.after[-1][listed], built.bars.prices[row][listed], built.bars.volumes[row][listed]
-        )
-        value = float(built.calculated_close[built.times == trade.time][0])
-    assert trade is not None
-    assert value is not None
-    return State(built.times[-1], float(built.close[-1]), float(built.calculated_close[-1]), value, trade)
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """All there will ever be to read; a night reads a part of it."""
-
-    configuration: PortfolioConfiguration
-    series: Mapping[str, Series]
-    vectors: Vectors
-    sessions: Sessions = YEAR
-
-    def night(self, state: State | None, as_of: np.datetime64) -> tuple[Market, Vectors | None]:
-        staleness = np.timedelta64(self.configuration.alignment.maximum_staleness)
-        since = None if state is None else state.watermark - staleness
-        seen = {asset: _between(s, since, as_of) for asset, s in self.series.items()}
-        grid = self.sessions.valuation_times(self.configuration.frequency)
-        first = min([s.times[0] for s in seen.values() if len(s.times)], default=as_of)
-        grid = grid[(grid >= (first if state is None else state.watermark)) & (grid <= as_of)]
-        series, policy = {a: s for a, s in seen.items() if len(s.times)}, self.configuration.alignment
-        market = align(series, sorted(seen), self.sessions, grid, policy, "prices", "close", "close")
-        return market, self._vectors(state, as_of)
-
-    def _vectors(self, state: State | None, as_of: np.datetime64) -> Vectors | None:
-        """From the one valid at the oldest decision that still matters to the newest emitted; assets are those that have rows."""
-        last = int(np.searchsorted(self.vectors.times, as_of, "right"))
-        first = 0
-        if state is not None:
-            session = int(np.searchsorted(self.sessions.closes, state.watermark, "right")) - self.configuration.rebalance.execution_lag - 2
-            decision = self.sessions.closes[max(session, 0)]
-            first = max(int(np.searchsorted(self.vectors.times, decision, "right")) - 1, 0)
-        times, weights = self.vectors.times[first:last], self.vectors.weights[first:last]
-        if not len(times):
-            return None
-        kept = weights != 0
-        kept[~kept.any(axis=1), 0] = True  # a vector of zeros is stored as one row
-        row, asset = np.nonzero(kept)
-        return Vectors.from_rows(SignalRows(times[row], [self.vectors.assets[a] for a in asset], weights[row, asset]))
-
-    def run(self, *as_ofs: np.datetime64) -> list[Construction]:
-        """One run per as-of, in order, each going on from what the one before left."""
-        state: State | None = None
-        done: list[Construction] = []
-        for as_of in as_ofs:
-            market, vectors = self.night(state, as_of)
-            if vectors is None:
-                continue
-            fill = self.configuration.signal.maximum_forward_fill
-            signal_end = None if fill is None else vectors.times[-1] + fill - TICK
-            end = window_end(self.configuration, market, state, as_of, signal_end)
-            if state is not None and end <= state.watermark:
-                continue  # R63: exhausted
-            built = construct(self.configuration, market, vectors, state, end)
-            if built is not None:
-                done.append(built)
-                state = stored(state, built)
-        return done
-
-
-def _between(series: Series, since: np.datetime64 | None, through: np.datetime64) -> Series:
-    kept = (series.times <= through) & (since is None or series.times >= since)
-    return Series(series.times[kept], series.values[kept], series.volumes[kept])
-
-
-def value_rows(parts: Sequence[Construction]) -> list[tuple[str, ...]]:
-    """Rows of the values storage, to the bit."""
-    return [
-        (str(time), *(float(n).hex() for n in numbers))
-        for part in parts
-        for time, *numbers in zip(part.times, part.close, part.returns, part.calculated_close, strict=True)
-    ]
-
-
-def weight_rows(parts: Sequence[Construction]) -> list[tuple[str, ...]]:
-    """Rows of the weights storage, to the bit: every asset held before or after the trade."""
-    rows = []
-    for part in parts:
-        for k, row in enumerate(part.trades.rows):
-            for a, asset in enumerate(part.assets):
-                after, before = part.trades.after[k, a], part.trades.before[k, a]
-                if after != 0 or before != 0:
-                    numbers = (
-                        after,
-                        before,
-                        part.bars.prices[row, a],
-                        part.prices_before[k, a],
-                        part.bars.volumes[row, a],
-                        part.volumes_before[k, a],
-                    )
-                    rows.append((str(part.bars.times[row]), asset, *(float(n).hex() for n in numbers)))
-    return rows
 
 
 def values(parts: Sequence[Construction]) -> dict[str, float]:

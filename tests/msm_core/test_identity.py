@@ -17,7 +17,6 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from msm_core.configuration import PriceSource
 from msm_core.errors import InvalidNamespace, NotCanonical, UnknownKind
 from msm_core.identity import (
     Kinds,
@@ -31,6 +30,7 @@ from msm_core.identity import (
     node_uid,
     physical_name,
 )
+from msm_core.price_sources import PriceSource
 from msm_core.rebalance_strategy import RebalanceStrategy
 from msm_core.signals import EqualWeights, FixedWeights, Signal
 from tests.contracts import nest

@@ -10,7 +10,7 @@ from sqlalchemy import Engine
 from msm_core.database import transaction
 from msm_core.interpolation import NUMBERS, PriceBars
 from msm_core.models import ExternalPricesStorage, InterpolatedPricesStorage
-from msm_core.sources import Source, read_asset_calendars, read_bars, read_carry, read_sources
+from msm_core.sources import AssetFacts, Source, read_assets, read_bars, read_carry, read_sources
 from msm_ray.prepare import prepare
 from tests import factories
 from tests.msm_core.data_nodes.test_interpolation import catalogue, interpolated
@@ -155,6 +155,6 @@ def test_calendars_of_assets(engine):
     factories.register_assets(engine, [*HOSTILE, "always"])
     factories.sql(engine, "UPDATE msm__asset SET calendar_uid = %s WHERE unique_identifier <> 'always'", (calendar,))
     with engine.connect() as connection:
-        found = read_asset_calendars(connection, [*HOSTILE, "always", "ghost"])
-        assert read_asset_calendars(connection, []) == {}
-    assert found == {**dict.fromkeys(HOSTILE, calendar), "always": None}
+        found = read_assets(connection, [*HOSTILE, "always", "ghost"])
+        assert read_assets(connection, []) == {}
+    assert found == {**dict.fromkeys(HOSTILE, AssetFacts(calendar, None)), "always": AssetFacts(None, None)}

@@ -203,7 +203,7 @@ def test_hostile_identifiers_are_values(engine):
         found = sources.read_prices(connection, source, "close", HOSTILE, None, t("2024-12-31"))
         assert {name: bars.values.tolist() for name, bars in found.items()} == {name: [i + 1.0] for i, name in enumerate(HOSTILE)}
         assert set(sources.price_coverage(connection, source, "close", HOSTILE, t("2024-12-31"))) == set(HOSTILE)
-        assert storage.known_assets(connection, [*HOSTILE, "B", "é!"]) == set(HOSTILE)
+        assert set(sources.read_assets(connection, [*HOSTILE, "B", "é!"])) == set(HOSTILE)
 
 
 def test_a_hostile_column_name_is_quoted(engine):

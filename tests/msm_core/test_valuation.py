@@ -13,8 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from msm_core.alignment import Market, PriceAlignmentPolicy
 from msm_core.errors import InvalidPrice, InvalidValue, MissingPrice
-from msm_core.valuation import ACCOUNTINGS, Bars, Events, Opening, Trades, Valuation, value_drifted, value_target
+from msm_core.execution import Job, execute, tape_of
+from msm_core.frames import NEVER
+from msm_core.rebalance_strategy import ImmediateSignal
+from msm_core.sessions import Sessions
+from msm_core.valuation import ACCOUNTINGS, Bars, Events, Opening, Trades
 
 START = np.datetime64("2024-01-01T21:00", "us")
 DAY = np.timedelta64(1, "D")
@@ -32,21 +37,58 @@ def bars_of(prices: Prices, fresh: np.ndarray | None = None, opening: Sequence[f
         times=times,
         assets=tuple(f"A{i:02}" for i in range(array.shape[1])),
         prices=array,
-        bar_times=np.repeat(times[:, None], array.shape[1], axis=1),
-        fresh=np.ones(array.shape, bool) if fresh is None else fresh,
-        volumes=np.full(array.shape, UNKNOWN),
+        details={
+            "bar_times": np.repeat(times[:, None], array.shape[1], axis=1),
+            "fresh": np.ones(array.shape, bool) if fresh is None else fresh,
+            "volumes": np.full(array.shape, UNKNOWN),
+        }.__getitem__,
         opening_prices=np.full(array.shape[1], UNKNOWN) if opening is None else np.array(opening, float),
         column="close",
         staleness="0:00:00",
     )
 
 
+@dataclass(frozen=True)
+class Valuation:
+    """values (T,) are NaN before the first purchase, else finite and above 0; `trades.values` are those of their rows."""
+
+    values: np.ndarray
+    trades: Trades
+
+
+def at_once(rows: np.ndarray, targets: np.ndarray) -> Events:
+    return Events(rows, targets, START + rows * DAY)
+
+
 def events_of(targets: dict[int, Weights], assets: int) -> Events:
-    return Events(np.array(sorted(targets), dtype=np.int64), np.array([targets[row] for row in sorted(targets)], float).reshape(-1, assets))
+    array = np.array([targets[row] for row in sorted(targets)], float).reshape(-1, assets)
+    return at_once(np.array(sorted(targets), dtype=np.int64), array)
+
+
+def market_of(bars: Bars) -> Market:
+    """A market that holds exactly these bars, on a calendar of their days."""
+    days = bars.times.astype("datetime64[D]")
+    last = days[-1:] if len(days) else np.array(["2024-01-01"], "datetime64[D]")
+    sessions = Sessions("DAILY", days, bars.times - np.timedelta64(7, "h"), bars.times, (days if len(days) else last)[0], last[0])
+    never = np.full(len(bars.assets), NEVER)
+    return Market(
+        "bars", bars.column, sessions, bars.times, bars.assets, bars.prices, bars.bar_times, bars.fresh, bars.volumes,
+        np.full(bars.prices.shape, UNKNOWN), never, never, never, PriceAlignmentPolicy(),
+    )  # fmt: skip
+
+
+def account(accounting: str, bars: Bars, events: Events, fee: float, opening: Opening) -> Valuation:
+    """Trades of a portfolio that goes the whole way at once, and its values."""
+    market, strategy = market_of(bars), ImmediateSignal(calendar_key="DAILY")
+    job = Job(slice(0, len(bars.times)), np.arange(len(bars.assets)), events, opening, fee)
+    (trades,) = execute(strategy, market, tape_of(market, market.sessions.closes), [job], accounting == "drifted")
+    assert trades.order is None
+    values = ACCOUNTINGS[accounting](bars, trades, opening, fee, "p")
+    return Valuation(values, replace(trades, values=values[trades.rows]))
 
 
 def valued(accounting: str, prices: Prices, targets: dict[int, Weights], fee: float) -> Valuation:
-    return ACCOUNTINGS[accounting](bars_of(prices), events_of(targets, len(prices[0])), fee, Opening.fresh(len(prices[0])), "p")
+    return account(accounting, bars_of(prices), events_of(targets, len(prices[0])), fee, Opening.fresh(len(prices[0])))
 
 
 def columns(*series: Sequence[float]) -> list[list[float]]:
@@ -201,10 +243,10 @@ def test_missing_price(accounting):
     with pytest.raises(
         MissingPrice, match=r"p: no close of A01 at 2024-01-03 21:00Z \(last bar 2024-01-02 21:00Z, maximum_staleness 0:00:00\)"
     ):
-        ACCOUNTINGS[accounting](bars, events_of({0: [0.5, 0.5]}, 2), 0.01, Opening.fresh(2), "p")
+        account(accounting, bars, events_of({0: [0.5, 0.5]}, 2), 0.01, Opening.fresh(2))
     bars.bar_times[2, 1] = np.datetime64("NaT", "us")
     with pytest.raises(MissingPrice, match="last bar never"):
-        ACCOUNTINGS[accounting](bars, events_of({0: [0.5, 0.5]}, 2), 0.01, Opening.fresh(2), "p")
+        account(accounting, bars, events_of({0: [0.5, 0.5]}, 2), 0.01, Opening.fresh(2))
 
 
 @pytest.mark.parametrize("accounting", ["drifted", "target"])
@@ -332,7 +374,7 @@ class World:
 
     def value(self, accounting: str, fee: float | None = None) -> Valuation:
         fee = self.fee if fee is None else fee
-        return ACCOUNTINGS[accounting](bars_of(self.prices), self.events, fee, Opening.fresh(self.assets), "p")
+        return account(accounting, bars_of(self.prices), self.events, fee, Opening.fresh(self.assets))
 
 
 def world(seed: int, still: float = 0.3, tied: float = 0.2, alone: float = 0.1) -> World:
@@ -357,7 +399,7 @@ def world(seed: int, still: float = 0.3, tied: float = 0.2, alone: float = 0.1) 
             targets[k] = targets[k - 1]  # the same again: idle wherever prices stood still
     targets[rng.random(len(rows)) < 0.05] = 0.0  # all cash
     targets[np.cumsum(rng.random(len(rows)) < alone) % 3 == 2] = np.eye(assets)[seed % assets]
-    return World(prices, Events(rows, targets), float(rng.choice([0.0, 0.00018, 0.01])))
+    return World(prices, at_once(rows, targets), float(rng.choice([0.0, 0.00018, 0.01])))
 
 
 def same_bits(left: np.ndarray, right: np.ndarray) -> bool:
@@ -412,8 +454,8 @@ def in_windows(accounting: str, it: World, cuts: Sequence[int]) -> Valuation:
         bars = bars_of(it.prices[first:end], opening=last_prices) if end > first else None
         if bars is None:
             continue
-        events = Events(it.events.rows[inside] - first, it.events.targets[inside])
-        part = ACCOUNTINGS[accounting](bars, events, it.fee, opening, "p")
+        events = at_once(it.events.rows[inside] - first, it.events.targets[inside])
+        part = account(accounting, bars, events, it.fee, opening)
         if len(part.trades.rows):
             row = part.trades.rows[-1]
             opening = Opening(True, 0.0, part.values[row], part.trades.after[-1], bars.prices[row], bars.volumes[row])
@@ -453,8 +495,8 @@ def test_no_look_ahead(accounting, seed, data):  # P7
     prices[known:] *= rng.uniform(0.9, 1.1, prices[known:].shape)
     targets[it.events.rows >= known] *= rng.uniform(0.9, 1.1)
     kept = it.events.rows < known
-    changed = World(prices, Events(it.events.rows, targets), it.fee).value(accounting)
-    shorter = World(it.prices[:known], Events(it.events.rows[kept], it.events.targets[kept]), it.fee).value(accounting)
+    changed = World(prices, at_once(it.events.rows, targets), it.fee).value(accounting)
+    shorter = World(it.prices[:known], at_once(it.events.rows[kept], it.events.targets[kept]), it.fee).value(accounting)
     for other in (changed, shorter):
         assert same_bits(other.values[:known], it.value(accounting).values[:known])
 
@@ -470,9 +512,9 @@ def test_memory_order_never_reaches_the_numbers(accounting, seed):  # P4, P5
     wide = np.full((len(it.prices) * 2, it.assets * 3), -1.0)
     wide[::2, ::3] = it.prices
     for prices in (np.asfortranarray(it.prices), wide[::2, ::3]):
-        events = Events(it.events.rows, np.asfortranarray(it.events.targets))
+        events = at_once(it.events.rows, np.asfortranarray(it.events.targets))
         bars = replace(bars_of(it.prices), prices=prices)
-        assert_same(ACCOUNTINGS[accounting](bars, events, it.fee, Opening.fresh(it.assets), "p"), it.value(accounting))
+        assert_same(account(accounting, bars, events, it.fee, Opening.fresh(it.assets)), it.value(accounting))
 
 
 @both
@@ -492,7 +534,7 @@ def test_an_asset_of_weight_zero_changes_nothing(accounting, seed, data):  # P11
     place = data.draw(st.integers(0, it.assets))
     filler = data.draw(st.sampled_from([UNKNOWN, 0.0, 1.0, 1e308, float("inf")]))
     wider = World(
-        np.insert(it.prices, place, filler, axis=1), Events(it.events.rows, np.insert(it.events.targets, place, 0.0, axis=1)), it.fee
+        np.insert(it.prices, place, filler, axis=1), at_once(it.events.rows, np.insert(it.events.targets, place, 0.0, axis=1)), it.fee
     )
     got, want = wider.value(accounting), it.value(accounting)
     assert same_bits(got.values, want.values)
@@ -516,7 +558,7 @@ def test_a_higher_fee_never_gives_more(accounting, seed, data):  # P12
 def test_buy_and_hold_has_a_closed_form(seed):  # P8
     it = world(seed)
     weights = it.events.targets[0] + 0.01
-    values = value_drifted(bars_of(it.prices), events_of({0: weights.tolist()}, it.assets), 0.0, Opening.fresh(it.assets), "p").values
+    values = account("drifted", bars_of(it.prices), events_of({0: weights.tolist()}, it.assets), 0.0, Opening.fresh(it.assets)).values
     closed = 1.0 - weights.sum() + (weights * it.prices / it.prices[0]).sum(axis=1)
     np.testing.assert_allclose(values, closed, rtol=1e-12)
 
@@ -541,7 +583,7 @@ def test_accountings_agree_when_every_instant_is_an_event_and_trading_is_free(se
     targets = np.zeros((len(it.prices), it.assets))
     last = np.searchsorted(it.events.rows, np.arange(len(it.prices)), "right") - 1
     targets[last >= 0] = it.events.targets[last[last >= 0]]
-    every = World(it.prices, Events(np.arange(len(it.prices)), targets), 0.0)
+    every = World(it.prices, at_once(np.arange(len(it.prices)), targets), 0.0)
     np.testing.assert_allclose(every.value("drifted").values, every.value("target").values, rtol=1e-12)
 
 
@@ -550,7 +592,7 @@ def test_accountings_agree_when_every_instant_is_an_event_and_trading_is_free(se
 @given(seed=SEEDS)
 def test_every_value_is_positive_or_the_portfolio_fails(accounting, seed):  # P13
     it = world(seed)
-    violent = World(it.prices, Events(it.events.rows, it.events.targets * 30), it.fee)
+    violent = World(it.prices, at_once(it.events.rows, it.events.targets * 30), it.fee)
     with np.errstate(all="ignore"):
         try:
             values = violent.value(accounting).values
@@ -566,8 +608,8 @@ def test_every_value_is_positive_or_the_portfolio_fails(accounting, seed):  # P1
 @given(seed=SEEDS)
 def test_trades_are_complete_vectors_in_order(seed):
     it = world(seed)
-    for account in (value_drifted, value_target):
-        trades = account(bars_of(it.prices), it.events, it.fee, Opening.fresh(it.assets), "p").trades
+    for accounting in ("drifted", "target"):
+        trades = it.value(accounting).trades
         assert (np.diff(trades.rows) > 0).all()
         assert set(trades.rows.tolist()) <= set(it.events.rows.tolist())
         assert (trades.after != trades.before).any(axis=1).all()

@@ -14,10 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from msm_core.configuration import CashRate
 from msm_core.data_nodes.interpolated_prices import InterpolatedPrices
 from msm_core.data_nodes.prices import APIDataNode
 from msm_core.errors import ConfigurationError
-from msm_core.signals import SIGNALS, EqualWeights, FixedWeights
+from msm_core.signals import SIGNALS, EqualWeights, FixedWeights, InverseVolatility
 from msm_ray.fleet import fleet_json_schema, load_fleet
 from tests.contracts import nest
 
@@ -73,8 +74,15 @@ def test_the_example_loads():
         "equal-weekly",
         "sixty-forty",
         "equal-weekly-filled",
+        "momentum-monthly",
+        "calm-banded",
+        "momentum-tracker",
         *matrix,
     ]
+    momentum, calm, tracker = (p for p in fleet.portfolios if p.identifier in ("momentum-monthly", "calm-banded", "momentum-tracker"))
+    assert {p.signal.price_source for p in (momentum, calm, tracker)} == {momentum.price_source}  # that of the defaults
+    assert tracker.signal.target.portfolio == momentum.identifier
+    assert calm.rebalance.limits.no_short
     assert [p.identifier for p in fleet.portfolios if p.price_source.policy == ("1d", "ffill")] == ["equal-weekly-filled"]
     calendar = {"pandas_calendar": "NYSE", "valid_from": date(1990, 1, 1), "valid_to": date(2023, 12, 31)}
     assert [c.model_dump(exclude_none=True) for c in fleet.calendars] == [calendar | {"unique_identifier": "XNYS"}]
@@ -289,8 +297,8 @@ universe: two | universe: two, universe: two | 4: cannot be read: found duplicat
 { id: p } ] | { id: p } ]\nnamespace: prod | 8: namespace: this process has '': set MSM_AUTO_REGISTER_NAMESPACE, or correct the file
 XNYS | XNYS,\n  execution_lagg: 1 | 6: rebalance.daily.execution_lagg: unknown key - did you mean 'execution_lag'?
 XNYS | XNYS, execution_lag: true | 5: rebalance.daily.execution_lag: must be a valid integer, not true
-kind: equal_weights | kind: equal | 4: signals.equal.kind: unknown kind "equal"; known kinds: equal_weights, fixed_weights*
-kind: immediate_signal, | | 5: rebalance.daily.kind: is missing; known kinds: immediate_signal*
+kind: equal_weights | kind: equal | 4: signals.equal.kind: unknown kind "equal"; known kinds: equal_weights, external_weights*
+kind: immediate_signal, | | 5: rebalance.daily.kind: is missing; known kinds: calendar_event*
 universe: two | universe: tow | 4: signals.equal.universe: unknown universe 'tow' - did you mean 'two'?
 universe: two | universe: two, asset_list: [A] | 4: signals.equal.universe: unknown key - known: asset_list, *
 equal_weights, universe: two | fixed_weights, weights: { 9988: 1 } | 4: cannot be read: the key 9988 is not text - put it in quotes
@@ -426,7 +434,7 @@ def test_a_new_kind_needs_no_change_here(load, problems, monkeypatch):
     assert p.signal == Momentum(asset_list=("AAPL", "MSFT"), lookback=63, stale_after=timedelta(hours=36))
     (unknown, _) = problems(PORTFOLIO.replace("id: p", "id: p, signal: { kind: test_momentum, universe: two, lokback: 5 }"))
     assert unknown == "fleet.yaml:7: portfolios[0].signal.lokback: unknown key - did you mean 'lookback'?"
-    (schema,) = (s for s in fleet_json_schema()["properties"]["signals"]["additionalProperties"]["anyOf"] if s["title"] == "Momentum")
+    (schema,) = (s for s in fleet_json_schema()["properties"]["signals"]["additionalProperties"]["anyOf"] if s.get("title") == "Momentum")
     assert {"kind", "asset_list", "universe", "lookback"} < set(schema["properties"])
     assert schema["required"] == ["kind", "lookback"]
 
@@ -460,6 +468,157 @@ def test_ten_thousand_portfolios_load_in_seconds(folder):
     assert time.perf_counter() - started < 15.0  # 2 s on an idle core
     assert len(portfolios) == 10_000
     assert (len({id(p.signal) for p in portfolios}), len({id(p.rebalance) for p in portfolios})) == (1, 10)  # equal specs are one object
+
+
+# -- signals with prices of their own, rates of cash, cycles ------------------------------------------------------------------------
+
+SOURCES = """\
+version: 1
+prices:
+  daily: { source: ExternalPricesTS }
+  other: { source: other.bars }
+  filled: { source: ExternalPricesTS, interpolate: { frequency: 1d, rule: ffill } }
+universes: { two: [MSFT, AAPL] }
+rebalance: { daily: { kind: immediate_signal, calendar_key: XNYS } }
+defaults: { prices: daily, rebalance: daily }
+"""
+COMPUTED = "kind: inverse_volatility, universe: two, calendar_key: XNYS"
+OTHER = APIDataNode.build_from_identifier("other.bars")
+DAILY = APIDataNode.build_from_identifier("ExternalPricesTS")
+
+
+def test_a_signal_names_its_prices_or_has_those_of_the_defaults(load):
+    text = (
+        SOURCES
+        + f"""\
+signals:
+  named: {{ {COMPUTED}, prices: other }}
+  spelled: {{ {COMPUTED}, price_source: other }}
+  filled: {{ {COMPUTED}, prices: filled }}
+  default: {{ {COMPUTED} }}
+portfolios: [ {{ id: a, signal: named }}, {{ id: b, signal: spelled }}, {{ id: c, signal: filled }}, {{ id: d, signal: default }} ]
+"""
+    )
+    a, b, c, d = load(text).portfolios
+    assert a.signal == b.signal == InverseVolatility(asset_list=("AAPL", "MSFT"), calendar_key="XNYS", price_source=OTHER)
+    assert (c.signal.price_source.source_uid, c.signal.price_source.policy) == (DAILY.source_uid, ("1d", "ffill"))
+    assert d.signal.price_source == DAILY
+    assert {p.price_source for p in (a, b, c, d)} == {DAILY}  # what a portfolio trades at is its own affair
+    assert len({p.signal_uid for p in (a, b, c, d)}) == 3
+
+
+def test_a_signal_takes_the_default_prices_and_not_those_of_its_portfolio(load):
+    """A signal is what it is, whoever follows it."""
+    text = SOURCES + f"signals: {{ s: {{ {COMPUTED} }} }}\nportfolios: [ {{ id: a, signal: s, prices: other }}, {{ id: b, signal: s }} ]"
+    a, b = load(text).portfolios
+    assert (a.signal.price_source, b.signal.price_source, a.signal_uid == b.signal_uid) == (DAILY, DAILY, True)
+    assert (a.price_source, b.price_source) == (OTHER, DAILY)
+
+
+def test_every_source_of_a_signal_is_a_name_of_the_prices_section(load):
+    text = (
+        SOURCES
+        + """\
+portfolios:
+  - id: caps
+    signal: { kind: market_cap, universe: two, calendar_key: XNYS, market_cap_source: other, min_number_of_assets: 1 }
+  - id: weights
+    signal: { kind: external_weights, universe: two, weights_source: other, weight_column: w }
+  - id: copy
+    signal:
+      { kind: portfolio_replicator, universe: two, calendar_key: XNYS, method: nnls, target: { asset: SPY }, target_price_source: other }
+"""
+    )
+    caps, weights, copy = load(text).portfolios
+    assert (caps.signal.market_cap_source, caps.signal.price_source) == (OTHER, DAILY)
+    assert weights.signal.weights_location.source == OTHER
+    assert [r.source for r in copy.signal.requests] == [DAILY, OTHER]
+
+
+def test_a_rate_of_cash_is_part_of_execution_key_by_key(load):
+    rate = "cash_rate: { source: other, identifier: SOFR, column: rate, day_count: 360, forward_fill: 3d }"
+    text = (
+        SOURCES.replace("rebalance: daily }", f"rebalance: daily, execution: {{ {rate} }} }}")
+        + """\
+signals: { s: { kind: equal_weights, universe: two } }
+portfolios:
+  - { id: a, signal: s }
+  - { id: b, signal: s, execution: { commission_fee: 0 } }
+  - { id: c, signal: s, execution: { cash_rate: null } }
+  - { id: d, signal: s, execution: { cash_rate: { source: daily, identifier: EONIA } } }
+"""
+    )
+    a, b, c, d = (p.execution for p in load(text).portfolios)
+    expected = CashRate(source=OTHER, identifier="SOFR", column="rate", day_count=360, forward_fill=timedelta(days=3))
+    assert a.cash_rate == b.cash_rate == expected
+    assert (b.commission_fee, c.cash_rate) == (0.0, None)
+    assert d.cash_rate == CashRate(source=DAILY, identifier="EONIA")  # the rest are the defaults of a rate, not those of another one
+    assert len({p.configuration_hash for p in load(text).portfolios}) == 4
+
+
+TRACKING = "kind: portfolio_replicator, universe: two, calendar_key: XNYS, method: nnls"
+
+# entries of the portfolios section, from line 10 on | line and what is told; see MISTAKES
+OF_SOURCES = r"""
+{ id: p, signal: { @C,\nprices: othr } } | 11: portfolios[0].signal.prices: unknown prices 'othr' - did you mean 'other'?
+{ id: p, signal: { @C,\nprice_source: othr } } | 11: *.signal.price_source: unknown prices 'othr' - did you mean 'other'?
+{ id: p, signal: { @C, prices: [other] } } | 10: portfolios[0].signal.*
+{ id: p, signal: { kind: external_weights, universe: two,\nweights_source: x } } | 11: *.weights_source: unknown prices 'x' - known: *
+{ id: p, signal: { kind: external_weights, universe: two } } | 10: portfolios[0].signal: give either weights_source or path
+{ id: p, signal: { kind: external_weights, universe: two,\nweights_source: filled } } | 11: *: weights are read as they are stored: *
+{ id: p, signal: { @C,\nwindow_sessions: 1 } } | 11: portfolios[0].signal.window_sessions: must be greater than or equal to 2, not 1*
+{ id: p, signal: { @E }, execution: { cash_rate: { source: x,\nidentifier: A } } } | 10: *.cash_rate.source: unknown prices 'x' - known: *
+{ id: p, signal: { @E }, execution: { cash_rate: {\nsource: other } } } | 10: portfolios[0].execution.cash_rate.identifier: is missing
+{ id: p, signal: { @E }, execution: { cash_rate: { source: other, identifier: A, day_count: 252 } } } | 10: *.day_count: must be 360 or 365*
+{ id: p, signal: { @T, target: { portfolio: p } } } | 10: *: the plan has a cycle: p -> p. Break it: *
+{ id: p, signal: { @T, target: {} } } | 10: portfolios[0].signal.target: target is exactly one of asset, index, portfolio
+"""
+
+
+@pytest.mark.parametrize("mistake", OF_SOURCES.strip().splitlines())
+def test_a_mistake_about_sources_is_told_at_its_line(problems, mistake):
+    entry, expected = (part.strip() for part in mistake.split(" | "))
+    for mark, text in (("@C", COMPUTED), ("@T", TRACKING), ("@E", "kind: equal_weights, universe: two"), ("\\n", "\n")):
+        entry = entry.replace(mark, text)
+    found = problems(SOURCES + f"portfolios:\n- {entry}")
+    pattern = re.escape(f"fleet.yaml:{expected}").replace(r"\*", ".*")
+    assert len(found) == 1, found
+    assert re.fullmatch(pattern, found[0]), found
+
+
+def test_each_member_of_a_cycle_is_told_at_its_line_and_nobody_else(problems, load):
+    text = (
+        SOURCES
+        + f"""\
+portfolios:
+- {{ id: a, signal: {{ {TRACKING}, target: {{ portfolio: b }} }} }}
+- {{ id: b, signal: {{ {TRACKING}, target: {{ index: C }} }} }}
+- {{ id: c, signal: {{ {TRACKING}, target: {{ portfolio: a }} }}, publish_index: C }}
+- {{ id: above, signal: {{ {TRACKING}, target: {{ portfolio: a }} }} }}
+- {{ id: beside, signal: {{ {TRACKING}, target: {{ portfolio: of_another_fleet }} }} }}
+"""
+    )
+    found = problems(text)
+    assert [line.split(":")[1] for line in found] == ["10", "11", "12"]
+    for place, line in enumerate(found):
+        assert line.startswith(f"fleet.yaml:{10 + place}: portfolios[{place}].id: the plan has a cycle: ")
+        assert any(cycle in line for cycle in ("a -> b -> c -> a", "b -> c -> a -> b", "c -> a -> b -> c"))
+    assert len(load(text.replace("{ portfolio: a } }, publish", "{ asset: SPY } }, publish")).portfolios) == 5
+
+
+def test_a_cycle_of_a_matrix_is_told_once_for_each(problems):
+    text = (
+        SOURCES
+        + f"""\
+portfolios:
+- {{ id: "p{{i}}", matrix: {{ i: [1, 2] }}, signal: {{ {TRACKING}, target: {{ portfolio: "p{{i}}" }} }} }}
+"""
+    )
+    found = problems(text)
+    assert [re.sub(r".*cycle: ", "", line) for line in found] == [
+        f"p{i} -> p{i}. Break it: no portfolio may depend on itself." for i in (1, 2)
+    ]
+    assert {line.split(":")[1] for line in found} == {"10"}
 
 
 PLAIN = st.recursive(

@@ -21,6 +21,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.operations import Operations
 from alembic.runtime.migration import MigrationContext
 from psycopg import Connection
+from psycopg.errors import UniqueViolation
 from sqlalchemy import Engine, create_engine, inspect, text
 from sqlalchemy.exc import DBAPIError
 
@@ -126,12 +127,12 @@ def state(engine: Engine) -> tuple[Any, Any]:
 
 def test_an_empty_database_is_prepared_and_nothing_is_left_to_generate(empty_engine: Engine) -> None:  # R14, R29
     before = prepare.check(empty_engine)
-    assert before.pending == ("0001", "0002")
+    assert before.pending == ("0001", "0002", "0003")
     assert set(before.missing) == set(MetaTable.metadata.tables)
     assert "CREATE TABLE msm__portfolios" in prepare.ddl(empty_engine)
     assert tables(empty_engine) == set()  # checking and printing changed nothing
 
-    assert prepare.prepare(empty_engine).pending == ("0001", "0002")
+    assert prepare.prepare(empty_engine).pending == ("0001", "0002", "0003")
     assert prepare.prepare(empty_engine).pending == ()  # R59
     assert prepare.check(empty_engine) == CLEAN
     with empty_engine.connect() as connection:  # `alembic check`
@@ -173,19 +174,55 @@ def test_the_newest_revision_can_be_taken_back_and_put_on_again_over_data(engine
 
     def data() -> list[Any]:
         queries = [f"SELECT * FROM {daily}", "SELECT * FROM msm__external_prices", "SELECT uid, unique_identifier FROM msm__asset"]
-        queries += ["SELECT * FROM msm__run_node WHERE kind = 'portfolio'", f"SELECT uid, identifier, cadence FROM {CATALOGUE} ORDER BY 2"]
+        queries += [
+            "SELECT * FROM msm__run_node WHERE kind = 'portfolio'",
+            f"SELECT uid, identifier, cadence FROM {CATALOGUE} WHERE kind <> 'rebalance_state' ORDER BY 2",
+        ]
         return [sql(engine, query) for query in queries]
 
     before = data()
     with engine.begin() as connection:
         command.downgrade(prepare.alembic_config(connection), "0001")
     assert data() == before
-    assert prepare.check(engine, [policy()]).pending == ("0002",)
+    assert prepare.check(engine, [policy()]).pending == ("0002", "0003")
     printed = prepare.ddl(engine, [policy()])
-    assert "ADD COLUMN revision" in printed and "CREATE TABLE" not in printed  # noqa: PT018
-    assert prepare.prepare(engine, [policy()]).pending == ("0002",)
+    assert "ADD COLUMN revision" in printed
+    assert re.findall(r"CREATE TABLE (\w+)", printed) == ["msm__portfolio_rebalance_state"]
+    assert prepare.prepare(engine, [policy()]).pending == ("0002", "0003")
     assert data() == before
     assert prepare.check(engine, [policy()]) == CLEAN
+
+
+def test_delisting_and_orders_can_be_taken_back_and_put_on_again(engine: Engine) -> None:
+    """Without 0003 nothing is left of either, and every other row is as it was; with it again the schema is what is declared."""
+    state, storages = "msm__portfolio_rebalance_state", f"SELECT identifier FROM {CATALOGUE} ORDER BY 1"
+    order = "('p', '2024-01-02', 'a', 0.1, '2024-01-02', 0)"
+    with rival(engine) as connection:
+        connection.execute("INSERT INTO msm__asset (uid, unique_identifier, delisted_on) VALUES (gen_random_uuid(), 'a', '2024-01-02')")
+        connection.execute("INSERT INTO msm__asset (uid, unique_identifier) VALUES (gen_random_uuid(), 'b')")
+        connection.execute(f"INSERT INTO {state} VALUES {order}")
+        for kind, storage in (("rebalance_state", "PortfolioRebalanceStateTS"), ("portfolios", "PortfoliosTS")):
+            connection.execute(
+                "INSERT INTO msm__data_node_update (uid, kind, storage, scope, epoch, row_count) "
+                "VALUES (gen_random_uuid(), %s, %s, 'p', 1, 1)",
+                (kind, storage),
+            )
+    before = [name for (name,) in sql(engine, storages)]
+    with engine.begin() as connection:
+        command.downgrade(prepare.alembic_config(connection), "0002")
+    assert state not in tables(engine)
+    assert sql(engine, "SELECT * FROM information_schema.columns WHERE column_name = 'delisted_on'") == []
+    assert [name for (name,) in sql(engine, storages)] == [name for name in before if name != "PortfolioRebalanceStateTS"]
+    assert sql(engine, "SELECT kind, scope FROM msm__data_node_update") == [("portfolios", "p")]
+    assert prepare.check(engine).pending == ("0003",)
+    assert prepare.prepare(engine).pending == ("0003",)
+    assert prepare.check(engine) == CLEAN
+    assert sql(engine, "SELECT unique_identifier, delisted_on FROM msm__asset ORDER BY 1") == [("a", None), ("b", None)]
+    assert [name for (name,) in sql(engine, storages)] == before
+    assert sql(engine, f"SELECT * FROM {state}") == []
+    sql(engine, f"INSERT INTO {state} VALUES {order}")
+    with pytest.raises(UniqueViolation):  # one order of an asset at a time
+        sql(engine, f"INSERT INTO {state} VALUES {order}")
 
 
 def test_a_dropped_table_is_seen_although_the_version_row_says_head(engine: Engine) -> None:  # R56
@@ -266,7 +303,7 @@ def test_checking_and_printing_change_nothing_and_what_is_printed_can_be_run_by_
     engine: Engine = request.getfixturevalue(fixture)
     wanted = [policy(), policy(rule="none")]
     names = tuple(sorted(table_of(p, "1d") for p in wanted))
-    static = () if fixture == "engine" else ("0001", "0002")
+    static = () if fixture == "engine" else ("0001", "0002", "0003")
     before = state(engine)
     reader = create_engine(engine.url, connect_args={"options": "-c default_transaction_read_only=on"})  # one that may not write
     assert prepare.check(reader, wanted).pending == (*static, *names)
@@ -566,7 +603,7 @@ def processes(engine: Engine, count: int, wanted: Sequence[InterpolatedPrices], 
 def test_concurrent_preparers_wait_for_each_other(empty_engine: Engine) -> None:
     with ThreadPoolExecutor(4) as pool:
         done = [f.result() for f in [pool.submit(prepare.prepare, empty_engine) for _ in range(4)]]
-    assert sorted(d.pending for d in done) == [(), (), (), ("0001", "0002")]
+    assert sorted(d.pending for d in done) == [(), (), (), ("0001", "0002", "0003")]
 
 
 def test_eight_processes_prepare_an_empty_database_at_once(empty_engine: Engine) -> None:
@@ -576,7 +613,7 @@ def test_eight_processes_prepare_an_empty_database_at_once(empty_engine: Engine)
         for process in started:
             process.join(60)
         assert [process.exitcode for process in started] == [0] * 8
-        assert sorted(done.get() for _ in started) == [()] * 7 + [("0001", "0002", *names)]
+        assert sorted(done.get() for _ in started) == [()] * 7 + [("0001", "0002", "0003", *names)]
     assert made(empty_engine) == set(rows(empty_engine)) == set(names)
     assert prepare.check(empty_engine, wanted) == CLEAN
 

@@ -201,7 +201,7 @@ def test_a_reply_that_is_lost_does_not_lose_the_work(engine, fleet):
 def test_a_worker_of_another_installation_is_refused(engine, fleet, monkeypatch):
     plan = factories.plan(engine, fleet, NIGHT)
     payload = encode_batch("signal", [p.node for p in plan.signals if p.node], plan.as_of, None, None)
-    monkeypatch.setattr(executors, "CODE_VERSION", "another")
+    monkeypatch.setattr(executors, "code_version", lambda: "another")
     with pytest.raises(StaleCode, match="the worker runs code version another, the driver prices-"):
         run_batch(payload)
     assert sum(count for count, _ in factories.dump(engine).values()) == 0
@@ -211,7 +211,7 @@ def test_a_run_on_workers_of_another_installation_lands_nothing(engine, fleet, m
     class Elsewhere(LocalExecutor):
         def wait(self) -> tuple[int, Outcome]:
             with monkeypatch.context() as worker:
-                worker.setattr(executors, "CODE_VERSION", "another")
+                worker.setattr(executors, "code_version", lambda: "another")
                 return super().wait()
 
     report = run(engine, fleet, NIGHT, registered=True, executor=Elsewhere())

@@ -47,6 +47,27 @@ def test_create_then_create_again(started):
     assert [asset.unique_identifier for asset in Asset.filter()] == ["AAPL"]  # all or none
 
 
+def test_the_day_of_delisting_is_set_kept_and_taken_back(started, versions):
+    listed = Asset.upsert(unique_identifier="OLD", asset_type="equity")
+    assert listed.delisted_on is None
+    gone = Asset.upsert(unique_identifier="OLD", delisted_on=date(2024, 1, 5))
+    assert gone == listed.model_copy(update={"delisted_on": date(2024, 1, 5)})
+    before = versions()
+    assert Asset.upsert(unique_identifier="OLD", delisted_on="2024-01-05") == gone
+    assert Asset.upsert(unique_identifier="OLD", asset_type="equity") == gone  # what is not supplied is kept
+    assert versions() == before
+    assert [asset.unique_identifier for asset in Asset.filter(delisted_on=date(2024, 1, 5))] == ["OLD"]
+    assert Asset.upsert(unique_identifier="OLD", delisted_on=None) == listed
+    assert [a.delisted_on for a in Asset.upsert_many([{"unique_identifier": "OLD", "delisted_on": "2024-02-01"}])] == [date(2024, 2, 1)]
+
+
+@pytest.mark.parametrize("day", ["2024-02-30", "yesterday", datetime(2024, 1, 5, 21, tzinfo=UTC)])
+def test_a_day_of_delisting_is_a_date(started, day):
+    with pytest.raises((InvalidRow, ValidationError), match="delisted_on"):
+        Asset.upsert(unique_identifier="OLD", delisted_on=day)
+    assert Asset.filter() == []
+
+
 def test_upsert_is_idempotent_and_touches_only_what_is_supplied(started, versions):  # R11, R12
     first = Index.upsert(
         unique_identifier="I", index_type="portfolio", display_name="one", description="kept", metadata_json={"a": [1, None]}

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from sqlalchemy import Engine, create_engine
 from sqlalchemy.exc import ProgrammingError
 
-from msm_core.configuration import PortfolioConfiguration, PriceSource
+from msm_core.configuration import PortfolioConfiguration
 from msm_core.data_nodes.base import Batch, NodeResult, update_batch
 from msm_core.data_nodes.interpolated_prices import InterpolatedPrices, InterpolatedPricesConfig, storage_of
 from msm_core.data_nodes.interpolation import PricesKind
@@ -25,6 +25,7 @@ from msm_core.data_nodes.prices import APIDataNode
 from msm_core.database import transaction
 from msm_core.errors import ConfigurationError, NodeFailed, SourceNotRegistered, SourceUnusable, StorageNotPrepared, UnknownAssets
 from msm_core.models import ExternalPricesStorage, InterpolatedPricesStorage
+from msm_core.price_sources import PriceSource
 from msm_core.sources import Source
 from msm_core.storage import ensure_progress
 from msm_ray import run as driver

@@ -10,12 +10,13 @@ import pandas as pd
 import pytest
 from sqlalchemy import Engine
 
-from msm_core.data_nodes import construction, planning, signals
+from msm_core.data_nodes import portfolios
 from msm_core.data_nodes.interpolated_prices import Resolved
 from msm_core.data_nodes.planning import World, plan_portfolio, plan_signal
-from msm_core.data_nodes.portfolios import portfolio_scopes
+from msm_core.data_nodes.portfolios import portfolio_code_version, portfolio_scopes
 from msm_core.models import ExternalPricesStorage, SignalWeightsStorage
-from msm_core.sources import Source
+from msm_core.signals import EqualWeights
+from msm_core.sources import AssetFacts, Source
 from msm_core.storage import Progress, Scope
 from msm_ray.plan import make_plan
 from tests import factories
@@ -90,21 +91,19 @@ def test_display_text_is_none(engine, market):  # the lesson: renaming a portfol
 def test_code_changed(engine, market, monkeypatch):
     p = portfolio("p", equal("A", "B"))
     run(engine, [p], LATE)
-    for module, name in ((planning, "PORTFOLIO_CODE_VERSION"), (construction, "CODE_VERSION")):
-        monkeypatch.setattr(module, name, "portfolios next")
+    monkeypatch.setattr(portfolios, "CODE_VERSION", "portfolios next")
     plan = factories.plan(engine, [p], LATE)
     assert [(x.reason, x.start, x.node.replace) for x in plan.portfolios] == [("code changed", None, True)]
     assert [x.reason for x in plan.signals] == ["up to date"]
     run(engine, [p], LATE)
     assert reasons(engine, p) == {"p": "up to date"}
-    assert factories.progress(engine)["PortfoliosTS", "p"]["code_version"] == "portfolios next"
+    assert factories.progress(engine)["PortfoliosTS", "p"]["code_version"] == "portfolios next.1"
 
 
 def test_signal_code_changed(engine, market, monkeypatch):
     p = portfolio("p", equal("A", "B"))
     run(engine, [p], "2024-01-05")
-    for module, name in ((planning, "SIGNAL_CODE_VERSION"), (signals, "CODE_VERSION")):
-        monkeypatch.setattr(module, name, "signals next")
+    monkeypatch.setattr(EqualWeights, "code_version", "signals next")
     before = factories.dump(engine)
     plan = factories.plan(engine, [p], LATE)
     assert [(x.reason, x.node.replace) for x in plan.signals] == [("code changed", True)]
@@ -262,7 +261,7 @@ def test_a_signal_that_cannot_even_be_asked_stops_only_its_own(engine, market):
     factories.sql(
         engine,
         "UPDATE msm__data_node_update SET watermark = '2024-01-02 21:00Z', code_version = %s, epoch = 1 WHERE scope = %s",
-        (planning.SIGNAL_CODE_VERSION, broken.signal_uid),
+        (broken.signal.code_version, broken.signal_uid),
     )
     report = run(engine, [broken, good], LATE)
     assert factories.statuses(report)["good"] == "landed"
@@ -317,13 +316,14 @@ def world(
     progress = {}
     if configuration is not None:
         for scope in portfolio_scopes(configuration):
-            facts = (configuration.configuration_hash, planning.PORTFOLIO_CODE_VERSION)
+            facts = (configuration.configuration_hash, portfolio_code_version(configuration))
             progress[scope.uid] = Progress(scope.uid, watermark and instant(watermark), epoch, 1, *facts)
     coverage = {asset: (instant("2024-01-02 21:00"), instant(time)) for asset, time in last.items()}
     source = replace(SOURCE, time_label=label)
     key = (SOURCE.uid, None)
     resolved = Resolved({key: source}, {}, {})
-    return World(progress, {"p": held}, {}, resolved, dict.fromkeys([*last, *held]), {(key, "close"): coverage}, {}, {})
+    known = dict.fromkeys([*last, *held], AssetFacts(None, None))
+    return World(progress, {"p": held}, {}, resolved, known, {(key, "close"): coverage}, {}, {})
 
 
 P = portfolio("p", equal("A", "B"))
@@ -343,7 +343,7 @@ WINDOWS = [
 @pytest.mark.parametrize(("watermark", "last", "as_of", "expected"), WINDOWS)
 def test_windows(watermark, last, as_of, expected):
     known = world(watermark, P if watermark else None, **last)
-    known.assets.update({"A": None, "B": None})
+    known.assets.update(dict.fromkeys("AB", AssetFacts(None, None)))
     planned = plan_portfolio(P, known, instant(as_of), full_refresh=False)
     assert (planned.end, planned.limited_by, planned.reason) == (instant(expected[0]), *expected[1:])
     assert (planned.node is None) == (planned.reason == "up to date")
@@ -371,9 +371,9 @@ def test_signals_are_planned_from_their_own_progress():
         found = plan_signal(signal, World(progress, {}, {}, NOTHING, {}, {}, {}, {}), instant("2024-01-31"), full_refresh=False)
         return found.reason, found.start, found.end
 
-    later = Progress(other, instant("2024-06-01"), 9, 1, "x", planning.SIGNAL_CODE_VERSION)
+    later = Progress(other, instant("2024-06-01"), 9, 1, "x", signal.code_version)
     assert planned({other: later}) == ("new", None, instant("2024-01-31"))
-    mine = Progress(own, instant("2024-01-03 21:00"), 2, 1, "x", planning.SIGNAL_CODE_VERSION)
+    mine = Progress(own, instant("2024-01-03 21:00"), 2, 1, "x", signal.code_version)
     assert planned({own: mine}) == ("inputs advanced", mine.watermark, instant("2024-01-31"))
     mine = replace(mine, watermark=instant("2024-01-08 21:00"))
     assert planned({own: mine, other: later}) == ("up to date", mine.watermark, mine.watermark)

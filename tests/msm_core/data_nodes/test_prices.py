@@ -9,10 +9,10 @@ import pytest
 from sqlalchemy import Engine
 
 import msm_core
-from msm_core.configuration import PRICE_SOURCES
 from msm_core.data_nodes.prices import APIDataNode, ExternalPrices, publish_prices
 from msm_core.errors import InvalidFrame, NaiveTimestamp, StorageNotPrepared, UnknownAssets
 from msm_core.models import ExternalPricesStorage
+from msm_core.price_sources import PRICE_SOURCES
 from tests import factories
 
 PRICES = ExternalPricesStorage.__tablename__

@@ -23,7 +23,7 @@ REGISTRY = {
 
 def stored(engine):
     with engine.connect() as connection:
-        return read_configurations(connection)
+        return read_configurations(connection).configurations
 
 
 def versions_of(engine, identifier: str) -> list[tuple]:

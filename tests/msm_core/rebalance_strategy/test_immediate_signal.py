@@ -10,8 +10,9 @@ from datetime import date
 import numpy as np
 import pytest
 
+from msm_core.alignment import align
 from msm_core.configuration import PortfolioConfiguration
-from msm_core.construction import align, construct
+from msm_core.construction import construct
 from msm_core.errors import CalendarRangeError
 from msm_core.frames import Series
 from msm_core.rebalance_strategy import ImmediateSignal
@@ -61,7 +62,7 @@ class TestContract(RebalanceContract):
     sessions = weekdays("2023-01-02", "2023-12-31")  # a Sunday
 
     def test_needs_no_volume(self):  # R37
-        assert self.spec.needs_volume is False
+        assert self.spec.liquidity_column is None
 
 
 def decided(on: str, sessions: Sessions, through: int | None = None) -> list[str]:

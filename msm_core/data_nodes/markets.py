@@ -1,0 +1,127 @@
+"""Blocks of prices for whoever needs them: read set-based, one statement per source and column, and aligned once per distinct use."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import NamedTuple
+
+import numpy as np
+from sqlalchemy import Connection
+
+from msm_core.alignment import Market, PriceAlignmentPolicy, align
+from msm_core.configuration import PortfolioConfiguration
+from msm_core.errors import MsmError
+from msm_core.frames import Series, to_datetime, utc
+from msm_core.price_sources import SourceKey
+from msm_core.sessions import Sessions
+from msm_core.sources import Source, read_prices
+
+
+class MarketKey(NamedTuple):
+    """Who has the same key shares one aligned block of numbers.
+
+    liquidity_column  read beside the price; none for the volume, which always is
+    zero_allowed      0 is a number like others, not a price that is none
+    """
+
+    source: SourceKey
+    column: str
+    calendar_key: str
+    frequency: timedelta
+    policy: PriceAlignmentPolicy
+    liquidity_column: str | None = None
+    zero_allowed: bool = False
+
+    @classmethod
+    def of(cls, configuration: PortfolioConfiguration) -> "MarketKey":
+        """Prices at a portfolio's valuation times; volumes always come along."""
+        strategy, asked = configuration.rebalance, configuration.rebalance.liquidity_column
+        return cls(
+            configuration.price_source.key, configuration.price_column, strategy.calendar_key, configuration.frequency,
+            configuration.alignment, None if asked == "volume" else asked,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Need:
+    """Prices of some assets from `since` on (None: from the beginning), and of `history_sessions` sessions before it."""
+
+    key: MarketKey
+    assets: Sequence[str]
+    since: datetime | None
+    history_sessions: int = 0
+
+
+Calendars = Mapping[str, Sessions | MsmError]
+Sources = Mapping[SourceKey, Source | MsmError]
+Markets = Mapping[MarketKey, Market | MsmError]  # one that could not be built holds the error, for those who need it
+ReadKey = tuple[SourceKey, str, str | None]
+
+
+def read_markets(
+    connection: Connection, needs: Iterable[Need], sources: Sources, calendars: Calendars, delisted: Mapping[str, np.datetime64],
+    as_of: datetime,
+) -> dict[MarketKey, Market | MsmError]:  # fmt: skip
+    groups: dict[MarketKey, list[Need]] = {}
+    for need in needs:
+        groups.setdefault(need.key, []).append(need)
+    prices = _read(connection, [need for group in groups.values() for need in group], sources, calendars, as_of)
+    return {key: _market(key, group, sources, calendars, prices, delisted, as_of) for key, group in groups.items()}
+
+
+def _read(
+    connection: Connection, needs: Sequence[Need], sources: Sources, calendars: Calendars, as_of: datetime
+) -> dict[ReadKey, dict[str, Series] | MsmError]:
+    groups: dict[ReadKey, list[Need]] = {}
+    for need in needs:
+        groups.setdefault((need.key.source, need.key.column, need.key.liquidity_column), []).append(need)
+    prices: dict[ReadKey, dict[str, Series] | MsmError] = {}
+    for (key, column, liquidity_column), group in groups.items():
+        source = sources[key]
+        if isinstance(source, MsmError):
+            prices[key, column, liquidity_column] = source
+            continue
+        assets = sorted({a for need in group for a in need.assets})
+        oldest = [_bars_since(need, source, calendars) for need in group]
+        since = None if None in oldest else min(time for time in oldest if time is not None)
+        try:
+            found: dict[str, Series] | MsmError = read_prices(connection, source, column, assets, since, as_of, liquidity_column)
+        except MsmError as error:
+            found = error
+        prices[key, column, liquidity_column] = found
+    return prices
+
+
+def _bars_since(need: Need, source: Source, calendars: Calendars) -> datetime | None:
+    """Time of the oldest bar that may be needed: as much before the first valuation time as staleness and time label allow."""
+    if need.since is None:
+        return None
+    first, sessions = need.since, calendars[need.key.calendar_key]
+    if need.history_sessions and isinstance(sessions, Sessions):
+        begin = int(np.searchsorted(sessions.closes, utc(first, "since"))) - need.history_sessions
+        if begin < 0:
+            return None
+        first = to_datetime(sessions.opens[begin])
+    return first - need.key.policy.maximum_staleness - source.margin
+
+
+def _market(
+    key: MarketKey, needs: Sequence[Need], sources: Sources, calendars: Calendars,
+    prices: Mapping[ReadKey, dict[str, Series] | MsmError], delisted: Mapping[str, np.datetime64], as_of: datetime,
+) -> Market | MsmError:  # fmt: skip
+    sessions, series, source = calendars[key.calendar_key], prices[key.source, key.column, key.liquidity_column], sources[key.source]
+    for input_ in (series, sessions):
+        if isinstance(input_, MsmError):
+            return input_
+    assert isinstance(sessions, Sessions)
+    assert isinstance(series, dict)
+    assert isinstance(source, Source)
+    assets = sorted({a for need in needs for a in need.assets})
+    times = sessions.valuation_times(key.frequency)
+    first = min((series[asset].times[0] for asset in assets if asset in series), default=utc(as_of, "as_of"))
+    since = [utc(need.since, "since") for need in needs if need.since]
+    begin = min([first, *since])
+    grid = times[np.searchsorted(times, begin, "left") : np.searchsorted(times, utc(as_of, "as_of"), "right")]
+    return align(
+        series, assets, sessions, grid, key.policy, source.identifier, key.column, source.time_label, delisted, key.zero_allowed
+    )  # fmt: skip
