@@ -197,7 +197,7 @@ STRATEGIES: list[dict[str, Any]] = [
 ]  # fmt: skip
 INTRADAY: list[tuple[str, dict[str, Any]]] = [  # the trend is flat at every close, so it is followed inside sessions
     ("intraday_trend", {"kind": "immediate_signal", "rebalance_on": "signal_change"}),
-    ("intraday_trend", {"kind": "time_weighted", "rebalance_on": "signal_change"}),
+    ("intraday_trend", {"kind": "threshold", "rebalance_on": "signal_change", "absolute_band": 0.02}),
     ("equal_weights", {"kind": "time_weighted", "rebalance_on": "every_session", "execution_lag": 1}),
     ("equal_weights", {"kind": "volume_participation", "rebalance_on": "week_end", "total_notional": 1e8}),
     ("equal_weights", {"kind": "liquidity_constrained", "rebalance_on": "week_end", "max_liquidity_fraction": 0.01, "total_notional": 1e8}),

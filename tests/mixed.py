@@ -33,9 +33,9 @@ END = "2024-12-30"
 @pytest.fixture(autouse=True)
 def strangers(request: pytest.FixtureRequest) -> Iterator[None]:
     """Tables that a test made go with it, so that its database can be lent again: `strangers = mixed.strangers`."""
+    engine: Engine | None = request.getfixturevalue("engine") if "engine" in request.fixturenames else None
     yield
-    if "engine" in request.fixturenames:
-        engine: Engine = request.getfixturevalue("engine")
+    if engine is not None:
         made = sql(engine, "SELECT quote_ident(tablename) FROM pg_tables WHERE schemaname = 'public' AND tablename NOT LIKE 'msm%'")
         for (table,) in made:
             sql(engine, f"DROP TABLE {table} CASCADE")

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from typing import Annotated, ClassVar
 
 import numpy as np
-from pydantic import AwareDatetime, Field, StringConstraints
+from pydantic import AfterValidator, AwareDatetime, Field, StringConstraints
 
 from msm_core.alignment import Market
 from msm_core.frames import Floats, SignalRows, Times, utc
@@ -145,6 +145,35 @@ class Signal(Spec):
         return (type(self).__doc__ or self.kind).strip().splitlines()[0]
 
 
+def sorted_unique(identifiers: Sequence[str], what: str) -> tuple[str, ...]:
+    """Bytewise order, so that spelling order never reaches a uid. Raises ValueError for duplicates."""
+    ordered = tuple(sorted(identifiers))
+    repeated = sorted({a for a, b in pairwise(ordered) if a == b})
+    if repeated:
+        raise ValueError(f"{what} names {', '.join(repeated)} more than once")
+    return ordered
+
+
+Universe = Annotated[tuple[AssetIdentifier, ...], Field(min_length=1), AfterValidator(lambda assets: sorted_unique(assets, "asset_list"))]
+
+
+class ListedSignal(Signal):
+    """A signal whose universe is a list, and whose vectors stay valid for a while."""
+
+    asset_list: Universe = Field(description="assets that the signal may name; they bound its window, and that of its portfolios")
+    forward_fill: timedelta | None = Field(
+        default=None, gt=timedelta(0), description="how long a vector stays valid; none: until the next one"
+    )
+
+    @property
+    def universe(self) -> tuple[str, ...]:
+        return self.asset_list
+
+    @property
+    def maximum_forward_fill(self) -> np.timedelta64 | None:
+        return None if self.forward_fill is None else np.timedelta64(self.forward_fill)
+
+
 class ConstantSignal(Signal):
     """A signal of one vector, emitted at `effective_from` (aware; default 1970-01-01 UTC) and valid for ever."""
 
@@ -163,12 +192,3 @@ class ConstantSignal(Signal):
         due = time <= through and (since is None or time > since)
         rows = slice(0, 1 if due else 0)
         return Vectors(np.array([time])[rows], self.universe, self.weights()[None, :][rows])
-
-
-def sorted_unique(identifiers: Sequence[str], what: str) -> tuple[str, ...]:
-    """Bytewise order, so that spelling order never reaches a uid. Raises ValueError for duplicates."""
-    ordered = tuple(sorted(identifiers))
-    repeated = sorted({a for a, b in pairwise(ordered) if a == b})
-    if repeated:
-        raise ValueError(f"{what} names {', '.join(repeated)} more than once")
-    return ordered

@@ -6,51 +6,37 @@ out of one run or of many (design.md section 8, rule 4), and what bounds how muc
 
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
 from msm_core.alignment import Market, PriceAlignmentPolicy
-from msm_core.errors import InvalidInput, MissingPrices
+from msm_core.errors import FitFailed, InvalidInput, MissingPrices
 from msm_core.frames import Floats, Times, iso
 from msm_core.price_sources import AnyPriceSource, PublishedValues
 from msm_core.sessions import Sessions
-from msm_core.signals.base import NOTHING, AssetIdentifier, Inputs, Request, Signal, Vectors, sorted_unique
+from msm_core.signals.base import NOTHING, Inputs, ListedSignal, Request, Vectors
 
 EmitOn = Literal["every_session", "week_end", "month_end", "quarter_end"]
 PERIODS: dict[str, Literal["week", "month", "quarter"]] = {"week_end": "week", "month_end": "month", "quarter_end": "quarter"}
 WINDOW_CELLS_MAX = 2_000_000  # numbers of all windows that are looked at together: bounds memory, never the result
 
-Universe = Annotated[tuple[AssetIdentifier, ...], Field(min_length=1), AfterValidator(lambda assets: sorted_unique(assets, "asset_list"))]
 
-
-class ComputedSignal(Signal):
+class ComputedSignal(ListedSignal):
     """A signal that is computed from prices. An asset that lacks a number in its window has weight 0 in that vector."""
 
-    asset_list: Universe = Field(description="assets that the signal chooses from; they bound its window, and that of its portfolios")
     calendar_key: str = Field(min_length=1, max_length=255, description="calendar whose session closes are looked at")
     price_source: AnyPriceSource = Field(description="prices that the signal sees; a name of the fleet file's prices section")
     price_column: str = Field(default="close", min_length=1, max_length=63, description="numeric column of the price source")
     emit_on: EmitOn = Field(default="every_session", description="sessions at which a vector is emitted")
-    forward_fill: timedelta | None = Field(
-        default=None, gt=timedelta(0), description="how long a vector stays valid; none: until the next one"
-    )
     price_alignment_policy: PriceAlignmentPolicy = Field(
         default=PriceAlignmentPolicy(), description="which bar prices an asset at a close, as for portfolios"
     )
     stale_after_sessions: int | None = Field(
         default=None, ge=1, le=10_000, description="an asset silent for longer leaves the universe; none: the signal waits for it"
     )
-
-    @property
-    def universe(self) -> tuple[str, ...]:
-        return self.asset_list
-
-    @property
-    def maximum_forward_fill(self) -> np.timedelta64 | None:
-        return None if self.forward_fill is None else np.timedelta64(self.forward_fill)
 
     @property
     def frequency(self) -> timedelta:
@@ -96,8 +82,12 @@ class ComputedSignal(Signal):
         return np.flatnonzero(due)
 
     def weights_at(self, inputs: Inputs, values: dict[str, Floats], rows: np.ndarray) -> Floats:
-        """(E, N) target weights at some rows of the grid."""
-        return self.target_weights({name: _windows(panel, rows, self.history_sessions) for name, panel in values.items()})
+        """(E, N) target weights at some rows of the grid. Raises FitFailed, naming the time, of signals that are fitted."""
+        try:
+            return self.target_weights({name: _windows(panel, rows, self.history_sessions) for name, panel in values.items()})
+        except FitFailed as error:
+            time = iso(inputs.panels["prices"].grid[int(rows[error.facts["window"]])])
+            raise FitFailed(**error.facts | {"time": time}) from None
 
     def computed_through(self, inputs: Inputs, since: np.datetime64 | None, as_of: np.datetime64) -> np.datetime64 | None:
         """The newest time of the grid at which every asset of the universe is known, or None.

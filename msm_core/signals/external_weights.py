@@ -9,8 +9,7 @@ from pydantic import AfterValidator, Field, StringConstraints, model_validator
 from msm_core.errors import InvalidInput, RepeatedWeight, UnexpectedAsset
 from msm_core.frames import iso
 from msm_core.price_sources import AnyPriceSource, PriceSource
-from msm_core.signals.base import NOTHING, Inputs, Signal, Vectors, WeightsLocation
-from msm_core.signals.computed import Universe
+from msm_core.signals.base import NOTHING, Inputs, ListedSignal, Vectors, WeightsLocation
 
 FILE_ENDINGS = (".csv", ".csv.gz", ".parquet")
 
@@ -31,7 +30,7 @@ WeightsSource = Annotated[AnyPriceSource, AfterValidator(_as_stored)]
 WeightsPath = Annotated[str, StringConstraints(min_length=1), AfterValidator(_readable)]
 
 
-class ExternalWeights(Signal):
+class ExternalWeights(ListedSignal):
     """Vectors that others computed, taken as they are.
 
     The rows of one time are one complete vector: an asset without a row there has target 0. Weights are finite, of any sum; a negative
@@ -39,7 +38,6 @@ class ExternalWeights(Signal):
     """
 
     kind: Literal["external_weights"] = "external_weights"
-    asset_list: Universe = Field(description="assets that the weights may name; they bound the window of its portfolios")
     weights_source: WeightsSource | None = Field(
         default=None, description="registered storage with time_index, asset_identifier and the weights; or give path"
     )
@@ -56,14 +54,6 @@ class ExternalWeights(Signal):
         if (self.weights_source is None) == (self.path is None):
             raise ValueError("give either weights_source or path")
         return self
-
-    @property
-    def universe(self) -> tuple[str, ...]:
-        return self.asset_list
-
-    @property
-    def maximum_forward_fill(self) -> np.timedelta64 | None:
-        return None if self.forward_fill is None else np.timedelta64(self.forward_fill)
 
     @property
     def weights_location(self) -> WeightsLocation:

@@ -7,9 +7,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from msm_core.errors import FitFailed, PackageMissing
-from msm_core.frames import Floats, iso
+from msm_core.frames import Floats
 from msm_core.price_sources import AnyPriceSource, PriceSource, PublishedValues
-from msm_core.signals.base import AssetIdentifier, Inputs, Request
+from msm_core.signals.base import AssetIdentifier, Request
 from msm_core.signals.computed import ComputedSignal
 
 ITERATIONS_MAX = 100_000
@@ -94,14 +94,6 @@ class PortfolioReplicator(ComputedSignal):
     @property
     def _is_penalised(self) -> bool:
         return self.method != "nnls" and self.alpha > 0
-
-    def weights_at(self, inputs: Inputs, values: dict[str, Floats], rows: np.ndarray) -> Floats:
-        """As of any computed signal. Raises FitFailed, naming the time, and PackageMissing."""
-        try:
-            return super().weights_at(inputs, values, rows)
-        except FitFailed as error:
-            time = iso(inputs.panels["prices"].grid[int(rows[error.facts["window"]])])
-            raise FitFailed(**error.facts | {"time": time}) from None
 
     def target_weights(self, windows: dict[str, Floats]) -> Floats:
         assets, target = _returns(windows["prices"]), _returns(windows["target"])[:, 0]

@@ -17,8 +17,8 @@ import pandas as pd
 from pydantic import Field, ValidationInfo, field_validator
 
 from msm_core.errors import FitFailed, PackageMissing
-from msm_core.frames import Floats, iso
-from msm_core.signals.base import AssetIdentifier, Inputs
+from msm_core.frames import Floats
+from msm_core.signals.base import AssetIdentifier
 from msm_core.signals.computed import ComputedSignal, EmitOn
 
 Number = Annotated[float, Field(strict=True)]  # an integer is one, true is none
@@ -156,14 +156,6 @@ class SkfolioSignal(ComputedSignal):
     @property
     def history_sessions(self) -> int:
         return self.window_sessions + 1
-
-    def weights_at(self, inputs: Inputs, values: dict[str, Floats], rows: np.ndarray) -> Floats:
-        """As of any computed signal. Raises FitFailed, naming the time, and PackageMissing."""
-        try:
-            return super().weights_at(inputs, values, rows)
-        except FitFailed as error:
-            time = iso(inputs.panels["prices"].grid[int(rows[error.facts["window"]])])
-            raise FitFailed(**error.facts | {"time": time}) from None
 
     def target_weights(self, windows: dict[str, Floats]) -> Floats:
         prices = windows["prices"]
