@@ -64,6 +64,16 @@ class Market:
         """(T, N) mask: the asset is past its `delisted_on` at that time; it can be held no longer."""
         return times[:, None] > self.gone_from[columns]  # false for NaT
 
+    def silent(self, columns: np.ndarray, sessions_max: int) -> np.ndarray:
+        """(N,) mask of assets whose last bar is more than `sessions_max` sessions before the newest one of them all.
+
+        When all of them are late nobody is silent: it is the source that is waited for.
+        """
+        last = self.last_bar[columns]
+        session = np.searchsorted(self.sessions.closes, last)  # that the bar belongs to; after all others for NaT
+        known = ~np.isnat(last)
+        return ~known | (session.max(where=known, initial=-1) - session > sessions_max) if known.any() else np.zeros(len(last), bool)
+
     def viewed(self, assets: Sequence[str], grid: Times) -> "Market":
         """Some assets on a grid that begins no later: nothing is known of the rows before its own."""
         columns, rows = self.columns(assets), len(grid) - len(self.grid)

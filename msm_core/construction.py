@@ -19,6 +19,7 @@ from msm_core.errors import MissingPrices, ScopeUndetermined
 from msm_core.execution import Job, execute, tape_of
 from msm_core.frames import TICK, Floats, LastTrade, Times
 from msm_core.signals import Vectors
+from msm_core.signals.computed import ComputedSignal
 from msm_core.valuation import ACCOUNTINGS, Bars, Opening, Order, Trades
 
 SEARCHED = 64  # sessions at a time
@@ -106,17 +107,29 @@ def window_end(
 ) -> np.datetime64:
     """Last instant that may be valued: min over required assets of their last bar, the signal's reach, and `as_of`.
 
-    An asset that is past its `delisted_on` by then bounds nothing. Raises MissingPrices for a fresh portfolio with assets that have no
+    An asset that is past its `delisted_on` by then bounds nothing, nor does one that its signal lets go for its silence: what is held of
+    it has the price that the alignment policy gives it. Raises MissingPrices for a fresh portfolio with assets that have no
     bar at all.
     """
     required = required_assets(configuration, state.held() if state else ())
     last = market.covered_through(as_of)[market.columns(required)]
+    last[_let_go(configuration, market, required)] = as_of
     if np.isnat(last).any():
         if state is not None:
             return state.watermark  # nothing new of that asset: exhausted
         absent = ", ".join(a for a, t in zip(required, last, strict=True) if np.isnat(t))
         raise MissingPrices(portfolio=configuration.identifier, source=market.source, column=market.column, assets=absent)
     return min(t for t in (last.min(), signal_end, as_of) if t is not None)
+
+
+def _let_go(configuration: PortfolioConfiguration, market: Market, assets: Sequence[str]) -> np.ndarray:
+    """(N,) mask of assets that the signal does not wait for any more, judged by the portfolio's own prices."""
+    signal, named = configuration.signal, np.zeros(len(assets), bool)
+    if isinstance(signal, ComputedSignal) and signal.stale_after_sessions is not None:
+        universe = set(signal.universe)
+        named = np.array([asset in universe for asset in assets])
+        named[named] = market.silent(market.columns([a for a in assets if a in universe]), signal.stale_after_sessions)
+    return named
 
 
 def prepared(

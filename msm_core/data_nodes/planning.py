@@ -351,6 +351,9 @@ def _priced_end(
     covered = world.coverage[configuration.price_source.key, configuration.price_column]
     required = [a for a in required if not _is_gone(world, a, as_of)]
     absent = [a for a in required if a not in covered]
+    signal = configuration.signal
+    if isinstance(signal, ComputedSignal) and signal.stale_after_sessions is not None:
+        return as_of, "as of"  # whoever is silent may be let go; sessions are counted when it is computed
     if absent and start is None:
         facts = {"source": source.identifier, "column": configuration.price_column, "assets": ", ".join(absent)}
         raise MissingPrices(portfolio=configuration.identifier, **facts)

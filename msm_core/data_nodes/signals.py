@@ -125,7 +125,7 @@ class SignalKind:
         inputs = _inputs(node, outside, inside)
         through = utc(as_of, "as_of")
         if isinstance(signal, ComputedSignal):
-            computed = signal.computed_through(inputs, since, through) if _has_begun(signal, inputs) else None
+            computed = signal.computed_through(inputs, since, through)
             if computed is None or (since is not None and computed <= since):
                 return []
             through = computed
@@ -240,12 +240,6 @@ def _inputs(node: SignalWeights, outside: Outside, markets: Markets) -> Inputs:
         raise sessions
     grid = max((panel.grid for panel in panels.values()), key=len)  # they all end at the as-of
     return Inputs(sessions, {r.name: panels[r.name].viewed(r.identifiers, grid) for r in signal.requests})
-
-
-def _has_begun(signal: ComputedSignal, inputs: Inputs) -> bool:
-    """What it tracks has values. A portfolio that is to begin later has none yet: the signal waits for it."""
-    tracked = [inputs.panels[r.name] for r in signal.requests if isinstance(r.source, PublishedValues)]
-    return not any(np.isnat(panel.last_bar).any() for panel in tracked)
 
 
 def _block(signal_uid: str, vectors: Vectors) -> tuple[Block, int]:

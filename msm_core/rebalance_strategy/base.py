@@ -91,7 +91,8 @@ class Tape:
 
     def notional(self) -> Floats:
         """(T, A) price x volume of each bar; 0 where there is no bar, no volume or no usable price."""
-        value = self.prices * self.volumes
+        with np.errstate(invalid="ignore"):  # 0 x infinity
+            value = self.prices * self.volumes
         return np.where(np.isfinite(value) & (value > 0), value, 0.0)
 
     def clock(self, times: Times, session: np.ndarray) -> np.ndarray:

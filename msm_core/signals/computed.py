@@ -99,7 +99,9 @@ class ComputedSignal(ListedSignal):
         grid = next(iter(inputs.panels.values())).grid
         for request in self.requests:
             panel = inputs.panels[request.name]
-            covered = panel.covered_through(as_of)[~self._silent(inputs, panel, as_of)]
+            covered = panel.covered_through(as_of)
+            if self.stale_after_sessions is not None:
+                covered = covered[~panel.silent(np.arange(len(panel.assets)), self.stale_after_sessions)]
             if np.isnat(covered).any():
                 if since is not None or isinstance(request.source, PublishedValues):
                     return None  # a portfolio that is tracked may not have begun
@@ -108,16 +110,6 @@ class ComputedSignal(ListedSignal):
             end = min(end, *covered) if len(covered) else end
         known = grid[grid <= end]
         return known[-1] if len(known) else None
-
-    def _silent(self, inputs: Inputs, panel: Market, as_of: np.datetime64) -> np.ndarray:
-        """(N,) mask of assets that have been silent for too long."""
-        if self.stale_after_sessions is None:
-            return np.zeros(len(panel.assets), bool)
-        assert inputs.sessions is not None
-        closes = inputs.sessions.closes
-        last = np.searchsorted(closes, panel.last_bar, "left")  # of the session that the bar belongs to
-        now = int(np.searchsorted(closes, as_of, "right")) - 1
-        return np.isnat(panel.last_bar) | (now - last > self.stale_after_sessions)
 
     def _numbers(self, panel: Market, request: Request, through: np.datetime64) -> Floats:
         """(T, n) the panel's numbers, NaN where an asset is gone. Raises InvalidInput."""

@@ -16,7 +16,22 @@ from msm_ray import prepare
 from msm_ray.store import stored_price_sources
 from tests import factories, mixed
 from tests.factories import instant, messages, portfolio, run, sql, statuses
-from tests.mixed import BENCH, DAILY, END, NINE, bits, computed_through, external, inverse, landed, momentum, nightly, replicator, vectors
+from tests.mixed import (
+    BENCH,
+    DAILY,
+    END,
+    NINE,
+    bits,
+    computed_through,
+    external,
+    inverse,
+    landed,
+    momentum,
+    nightly,
+    replicator,
+    vectors,
+    wipe,
+)
 
 scheduled, strangers = factories.scheduled, mixed.strangers
 
@@ -82,7 +97,7 @@ def test_night_by_night_and_in_batches_of_any_size_the_bits_are_those_of_one_run
     assert not any(factories.values(engine, c.identifier).empty for c in fleet)
     random = np.random.default_rng(31)
     for size, nights in ((1, 2), (3, 5), (None, 4)):
-        mixed.wipe(engine)
+        wipe(engine)
         minutes = np.sort(random.integers(0, 63 * 24 * 60, nights))
         nightly(engine, fleet, [closes.index[0] + pd.Timedelta(minutes=int(m)) for m in minutes], batch_size=size, registered=True)
         landed(engine, fleet, registered=True, batch_size=size)
@@ -90,24 +105,25 @@ def test_night_by_night_and_in_batches_of_any_size_the_bits_are_those_of_one_run
 
 
 def test_every_single_night_gives_the_bits_of_one_run(engine):  # R98
-    """Windows of 3 to 12 sessions, night after night, with a gap in the prices that one signal bridges and another does not."""
+    """Windows of 2 to 12 sessions, night after night, with a gap in the prices that one signal bridges and another does not."""
     closes = mixed.open_market(engine, count=18)
-    sql(engine, "DELETE FROM msm__external_prices WHERE asset_identifier = 'a4' AND time_index::date BETWEEN '2024-01-09' AND '2024-01-11'")
-    stale = {"price_alignment_policy": mixed.held_for(2)}
+    sql(engine, "DELETE FROM msm__external_prices WHERE asset_identifier = 'a4' AND time_index::date BETWEEN '2024-01-09' AND '2024-01-13'")
+    stale = {"price_alignment_policy": mixed.held_for(9)}
     fleet = [
-        portfolio("inverse", inverse(3, **stale), staleness=timedelta(days=9)),
-        portfolio("exact", inverse(3), staleness=timedelta(days=9)),
+        portfolio("inverse", inverse(2, **stale), staleness=timedelta(days=9)),
+        portfolio("exact", inverse(2), staleness=timedelta(days=9)),
         portfolio("asset", replicator(12, asset=BENCH), staleness=timedelta(days=9)),
         portfolio("portfolio", replicator(3, assets=NINE[:3], portfolio="inverse"), staleness=timedelta(days=9)),
     ]
     landed(engine, fleet)
     expected = bits(engine)
-    mixed.wipe(engine)
-    nightly(engine, fleet, closes.index, registered=True)
+    wipe(engine)
+    nightly(engine, fleet, closes.index, registered=True, batch_size=1)  # each reads for itself, no further back than it must
     assert bits(engine) == expected
     exact, held = (vectors(engine, fleet[i].signal_uid) for i in (1, 0))
-    assert exact.loc["2024-01-10 21:00Z", "a4"] == 0.0  # no price in its window
-    assert held.loc["2024-01-10 21:00Z", "a4"] > 0.0  # its bar of the 8th, two days old
+    # closes of the 12th, 15th and 16th: that of the 12th is the bar of the 8th, which is read again that night
+    assert exact.loc["2024-01-16 21:00Z", "a4"] == 0.0
+    assert held.loc["2024-01-16 21:00Z", "a4"] > 0.0
 
 
 def test_an_order_of_nodes_does_not_reach_the_bits(engine, tmp_path):  # R97
@@ -115,7 +131,7 @@ def test_an_order_of_nodes_does_not_reach_the_bits(engine, tmp_path):  # R97
     fleet = mixed.of_every_kind(engine, closes, tmp_path)
     landed(engine, fleet[::-1], batch_size=3)
     expected = bits(engine)
-    mixed.wipe(engine)
+    wipe(engine)
     for configuration in factories.plan(engine, fleet, END).portfolios:  # one by one, those that are waited for first
         landed(engine, [c for c in fleet if c.identifier == configuration.identifier], registered=True)
     assert bits(engine) == expected
@@ -169,7 +185,7 @@ def test_nothing_is_read_from_before_its_window(engine):
     fleet = [portfolio("p", inverse(5)), portfolio("q", replicator(12, asset=BENCH))]
     landed(engine, fleet)
     expected = bits(engine)
-    mixed.wipe(engine)
+    wipe(engine)
     landed(engine, fleet, closes.index[30])
     # the next vector is that of row 31; with 12 returns before it, it looks back to row 19
     sql(engine, "UPDATE msm__external_prices SET close = 'NaN' WHERE time_index < %s", (closes.index[16],))
@@ -182,7 +198,7 @@ def test_later_rows_of_another_signal_never_move_its_start(engine):  # R71
     signal, other = inverse(), inverse(window=6)
     landed(engine, [portfolio("p", signal)])
     expected = bits(engine)
-    mixed.wipe(engine)
+    wipe(engine)
     landed(engine, [portfolio("p", signal)], closes.index[20])
     landed(engine, [portfolio("o", other)])  # it is ahead now
     for stranger in ("0" * 32, "f" * 32):
@@ -245,7 +261,7 @@ def test_an_asset_that_is_silent_for_long_leaves_the_universe(engine):
     kept = vectors(engine, going.uid)
     assert (kept["a8"].iloc[-25:] == 0).all()  # of the 45 sessions the last 25 are without it
     assert (kept["a8"].iloc[:15] > 0).all()
-    mixed.wipe(engine)
+    wipe(engine)
     reached = []
     for night in closes.index:
         for node in nodes:
@@ -256,12 +272,6 @@ def test_an_asset_that_is_silent_for_long_leaves_the_universe(engine):
     assert reached[19:28] == [closes.index[i] for i in (19, 19, 19, 19, 23, 23, 23, 23, 27)]
 
 
-OUTAGE = (
-    "a signal with stale_after_sessions goes on when everybody is silent: ComputedSignal._silent must count to the newest bar, not as_of"
-)
-
-
-@pytest.mark.xfail(strict=True, reason=OUTAGE)
 @pytest.mark.parametrize("source", ["prices", "caps"])
 def test_when_everybody_is_silent_nobody_leaves(engine, source):
     """The bars of ten sessions come late, all of them; they are not passed over, and nightly is as in one run."""
@@ -271,7 +281,7 @@ def test_when_everybody_is_silent_nobody_leaves(engine, source):
     last = closes.index[-1].to_pydatetime()
     node.run(as_of=last)
     expected = bits(engine)
-    mixed.wipe(engine)
+    wipe(engine)
     table = {"prices": "msm__external_prices", "caps": "caps"}[source]
     sql(engine, f"CREATE TABLE late AS SELECT * FROM {table} WHERE time_index BETWEEN '2024-01-23' AND '2024-02-06'")
     sql(engine, f"DELETE FROM {table} WHERE time_index BETWEEN '2024-01-23' AND '2024-02-06'")
@@ -286,10 +296,6 @@ def test_when_everybody_is_silent_nobody_leaves(engine, source):
     assert bits(engine) == expected
 
 
-STUCK = "construction.window_end requires the signal's whole universe, so an asset that the signal has let go holds the portfolio for ever"
-
-
-@pytest.mark.xfail(strict=True, reason=STUCK)
 def test_a_portfolio_goes_on_without_an_asset_that_its_signal_has_let_go(engine):
     """It sells it at its last price, which its own policy allows; nightly as in one run."""
     closes = silent_market(engine)
@@ -297,7 +303,7 @@ def test_a_portfolio_goes_on_without_an_asset_that_its_signal_has_let_go(engine)
     landed(engine, fleet, closes.index[-1])
     expected = bits(engine)
     assert factories.values(engine, "p").index[-1] == closes.index[-1]
-    mixed.wipe(engine)
+    wipe(engine)
     nightly(engine, fleet, closes.index[15:], registered=True)
     assert bits(engine) == expected
 
@@ -324,7 +330,7 @@ def test_a_portfolio_never_runs_ahead_of_a_signal_whose_own_source_lags(engine):
     for i, night in enumerate(closes.index[12:], 12):
         assert reached[night]["fast"] == night
         assert reached[night]["p"] == closes.index[i - 2]
-    mixed.wipe(engine)
+    wipe(engine)
     landed(engine, fleet)
     assert bits(engine) == found
 
@@ -347,10 +353,27 @@ def test_a_signal_of_weekdays_for_a_portfolio_of_every_day(engine):
     # five returns, so six weekdays from Wednesday the 3rd on: the sixth is Wednesday the 10th; known at the midnight after
     assert emitted[0] == pd.Timestamp("2024-01-10 21:00Z")
     assert factories.values(engine, "p").index.tolist() == list(days[days >= "2024-01-11 00:00Z"])
-    mixed.wipe(engine)
+    wipe(engine)
     nightly(engine, fleet, pd.date_range("2024-01-08 10:00", periods=12, freq="71h", tz="UTC"), registered=True)
     landed(engine, fleet)
     assert bits(engine) == expected
+
+
+def test_a_portfolio_is_valued_over_the_weekend_after_the_last_vector(engine):
+    """Its own prices come every midnight, those of its signal on weekdays only: Friday's vector counts until Monday's may come."""
+    factories.store_calendar(engine)
+    always = mixed.always_open(engine)
+    days = pd.date_range("2024-01-03", periods=14, tz="UTC")
+    factories.register_assets(engine, NINE)
+    factories.load_prices(engine, factories.walks("2024-01-02", 14, NINE).set_axis(days))
+    weekdays = mixed.register_table(engine, "weekdays", close=factories.walks("2024-01-02", 9, NINE, seed=4))  # to Friday the 12th
+    fleet = [portfolio("p", inverse(2, price_source=weekdays), calendar=always)]
+    reached = []
+    for night in pd.date_range("2024-01-12 22:00", periods=5, freq="1D", tz="UTC"):
+        landed(engine, fleet, night)
+        reached.append(factories.values(engine, "p").index[-1])
+    # every midnight before Monday 21:00, when the next vector is due
+    assert reached == [pd.Timestamp(f"2024-01-{day} 00:00Z") for day in (12, 13, 14, 15, 15)]
 
 
 def test_a_portfolio_on_other_prices_goes_no_further_than_its_signal(engine):
@@ -365,7 +388,7 @@ def test_a_portfolio_on_other_prices_goes_no_further_than_its_signal(engine):
     mixed.load_table(engine, "other", close=closes.iloc[10:])
     landed(engine, fleet)
     found = bits(engine)
-    mixed.wipe(engine)
+    wipe(engine)
     landed(engine, fleet)
     assert bits(engine) == found
 
@@ -427,9 +450,22 @@ def test_vectors_that_come_late_are_taken_once_and_a_portfolio_waits_for_them(en
     mixed.load_table(engine, "given", signal_weight=given.iloc[6:])
     landed(engine, fleet)
     found = bits(engine)
-    mixed.wipe(engine)
+    wipe(engine)
     landed(engine, fleet)
     assert bits(engine) == found
+
+
+def test_two_signals_of_one_table_go_on_each_from_its_own_progress(engine):
+    closes = mixed.open_market(engine, count=20)
+    table = mixed.register_table(engine, "given", signal_weight=mixed.given_weights(closes.index[2:]))
+    fleet = [portfolio("p", external(table)), portfolio("q", external(table, forward_fill=timedelta(days=3)))]
+    landed(engine, fleet)
+    expected = bits(engine)
+    wipe(engine)
+    landed(engine, fleet, closes.index[6])
+    landed(engine, fleet[:1], closes.index[12], registered=True)
+    landed(engine, fleet, registered=True)  # one batch, one statement, two beginnings
+    assert bits(engine) == expected
 
 
 @pytest.mark.parametrize(
@@ -495,7 +531,7 @@ def test_interpolated_prices_that_only_a_signal_uses(engine):  # R50
     assert full.loc[closes.index[20], "a4"] > 0
     assert gap.loc[closes.index[20], "a4"] == 0
     expected = bits(engine)
-    mixed.wipe(engine)
+    wipe(engine)
     nightly(engine, fleet, closes.index[5::3], registered=True)
     landed(engine, fleet, registered=True)
     assert bits(engine) == expected
@@ -522,7 +558,7 @@ def test_a_batch_computes_what_each_would_alone(engine):
     for node in nodes:
         node.run(as_of=instant(END))
     alone = bits(engine)
-    mixed.wipe(engine)
+    wipe(engine)
     for node in nodes[::2]:
         node.run(as_of=closes.index[25].to_pydatetime().astimezone(UTC))
     marks = [factories.progress(engine)["SignalWeightsTS", n.identifier]["watermark"] for n in nodes]
