@@ -62,6 +62,10 @@ class UnknownKind(MsmError):
     message = "{family} kind {kind!r} is not registered. Known kinds: {known}."
 
 
+class PluginLeftOut(UnknownKind):
+    message = "{family} kind {kind!r} is declared by {plugin}, which is left out: {why}. Repair or uninstall it. Known kinds: {known}."
+
+
 class SelectionError(MsmError):
     message = "cannot select {selector!r}: {why}. Examples: portfolio:ew-*, tag:core, signal:equal+, asset:AAPL+, status:failed."
 

@@ -4,6 +4,7 @@ Times inside the core are numpy `datetime64[us]` arrays and mean UTC; Postgres k
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
@@ -84,6 +85,12 @@ def utc(value: datetime | pd.Timestamp, what: str) -> np.datetime64:
 def to_datetime(time: np.datetime64) -> datetime:
     """UTC microseconds as an aware datetime."""
     return time.astype("datetime64[us]").item().replace(tzinfo=UTC)
+
+
+def earliest(times: Iterable[datetime | None]) -> datetime | None:
+    """The first of some starts, at least one; None is the beginning."""
+    known = list(times)
+    return None if None in known else min(time for time in known if time is not None)
 
 
 def iso(time: np.datetime64 | None) -> str:

@@ -20,7 +20,7 @@ import numpy as np
 import structlog
 from pydantic import BaseModel, ConfigDict
 
-from msm_core.errors import InvalidNamespace, NotCanonical, UnknownKind
+from msm_core.errors import InvalidNamespace, NotCanonical, PluginLeftOut, UnknownKind
 from msm_core.settings import Settings
 
 IDENTITY_VERSION = 1  # bump only with a migration: every stored uid depends on it
@@ -144,10 +144,6 @@ class Kinds(Generic[S]):
         """Kinds that plugins declare and that cannot be used: `distribution version`, and why."""
         self.classes.load_all()
         return dict(sorted(self.classes.refused.items()))
-
-
-class PluginLeftOut(UnknownKind):
-    message = "{family} kind {kind!r} is declared by {plugin}, which is left out: {why}. Repair or uninstall it. Known kinds: {known}."
 
 
 class KindClasses(MutableMapping[str, type[S]]):

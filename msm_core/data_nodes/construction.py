@@ -95,15 +95,13 @@ class PortfolioKind:
         keys = {c.rebalance.calendar_key for c in configurations}
         keys |= {c.signal.calendar_key for c in configurations if isinstance(c.signal, ComputedSignal)}
         calendars = resolve_calendars(connection, keys, as_of)
-        foreign = [_need(node) for node in nodes if not _is_inside(node, sources)]
-        markets = read_markets(connection, foreign, sources, calendars, delistings(assets), as_of)
+        markets = read_markets(connection, map(_need, nodes), sources, calendars, delistings(assets), as_of, inside=False)
         return Outside(sources, calendars, markets, _cash_accounts(connection, configurations, sources, calendars, as_of), assets, as_of)
 
     def read_inside(self, connection: Connection, nodes: Sequence[PortfoliosDataNode], progress: ProgressRows, outside: Outside) -> Results:
         """What the whole batch becomes: read set-based, then executed in one loop per way of trading."""
-        ours = [_need(node) for node in nodes if _is_inside(node, outside.sources)]
-        found = read_markets(connection, ours, outside.sources, outside.calendars, delistings(outside.assets), outside.as_of)
-        markets = {**outside.markets, **found}
+        world = (outside.sources, outside.calendars, delistings(outside.assets), outside.as_of)
+        markets = {**outside.markets, **read_markets(connection, map(_need, nodes), *world, inside=True)}
         signals = sorted({node.portfolio_configuration.signal_uid for node in nodes})
         since = min((_vectors_since(node, markets) for node in nodes), default=BEGINNING)
         rows = read_signal_weights(connection, signals, since, _latest(markets))
@@ -217,11 +215,6 @@ def _need(node: PortfoliosDataNode) -> Need:
     configuration = node.portfolio_configuration
     since = node.since or _start_of(configuration)
     return Need(MarketKey.of(configuration), node.assets, since, configuration.rebalance.history_sessions)
-
-
-def _is_inside(node: PortfoliosDataNode, sources: Sources) -> bool:
-    source = sources[node.portfolio_configuration.price_source.key]
-    return isinstance(source, Source) and source.is_inside
 
 
 def _start_of(configuration: PortfolioConfiguration) -> datetime | None:

@@ -1,13 +1,13 @@
 """Who waits for whom: a portfolio for its signal, and a signal for the portfolios that it tracks. Planned in that order, cycles refused."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from graphlib import CycleError, TopologicalSorter
 
 from msm_core.configuration import PortfolioConfiguration
 from msm_core.data_nodes.base import failure_facts
-from msm_core.data_nodes.planning import Bounds, NodePlan, World, plan_portfolio, plan_signal
+from msm_core.data_nodes.planning import NodePlan, World, plan_portfolio, plan_signal, with_coverage
 from msm_core.data_nodes.portfolios import PortfoliosDataNode
 from msm_core.data_nodes.signals import SignalWeights
 from msm_core.errors import CyclicPlan, DependencyFailed
@@ -55,6 +55,11 @@ def upstream_of(chosen: Sequence[PortfolioConfiguration], fleet: Dependencies) -
     return [c for c in fleet.order if c.identifier in found]
 
 
+def tracks_values(signal: Signal) -> bool:
+    """It is computed from values that portfolios of this system publish."""
+    return any(isinstance(request.source, PublishedValues) for request in signal.requests)
+
+
 def _tracked(signal: Signal, known: Mapping[str, object], publishers: Mapping[str, str]) -> tuple[str, ...]:
     found: set[str] = set()
     for request in signal.requests:
@@ -78,8 +83,8 @@ def plan_nodes(configurations: Sequence[PortfolioConfiguration], world: World, a
     fleet = dependencies(configurations)
     signals: dict[str, NodePlan[SignalWeights]] = {}
     portfolios: dict[str, NodePlan[PortfoliosDataNode]] = {}
-    published = [(PublishedValues(of="portfolio").key, "close"), (PublishedValues(of="index").key, "close")]
-    coming: dict[tuple[SourceKey, str], dict[str, tuple[datetime, datetime]]] = {}
+    published = (PublishedValues(of="portfolio").key, PublishedValues(of="index").key)
+    coming: dict[SourceKey, dict[str, tuple[datetime, datetime]]] = {}
     for c in fleet.order:
         broken = next((portfolios[name] for name in fleet.upstream[c.identifier] if name in portfolios and portfolios[name].error), None)
         if error := fleet.cyclic.get(c.identifier):
@@ -90,7 +95,7 @@ def plan_nodes(configurations: Sequence[PortfolioConfiguration], world: World, a
             portfolios[c.identifier] = NodePlan(c.identifier, "invalid", None, error=facts)
             continue
         if c.signal_uid not in signals:
-            seen = _with(world, coming) if fleet.upstream[c.identifier] else world
+            seen = with_coverage(world, coming) if fleet.upstream[c.identifier] else world
             signals[c.signal_uid] = plan_signal(c.signal, seen, as_of, full_refresh)
         plan = plan_portfolio(c, world, as_of, full_refresh, signals[c.signal_uid])
         portfolios[c.identifier] = plan
@@ -100,9 +105,3 @@ def plan_nodes(configurations: Sequence[PortfolioConfiguration], world: World, a
                     coming.setdefault(key, {})[identifier] = (BEGINNING, plan.end)
     tracked = {c.signal_uid: fleet.upstream[c.identifier] for c in configurations}
     return NodePlans(tuple(portfolios[c.identifier] for c in configurations), signals, tracked)
-
-
-def _with(world: World, coming: Mapping[tuple[SourceKey, str], Bounds]) -> World:
-    """The world once the planned portfolios have run."""
-    coverage = {key: {**stored, **coming.get(key, {})} for key, stored in world.coverage.items()}
-    return replace(world, coverage=coverage)

@@ -8,7 +8,7 @@ from sqlalchemy import Engine
 from msm_core.configuration import PortfolioConfiguration
 from msm_core.data_nodes.base import Batch, NodeResult, update_batch
 from msm_core.data_nodes.construction import PortfolioKind
-from msm_core.data_nodes.dependencies import dependencies, upstream_of
+from msm_core.data_nodes.dependencies import dependencies, tracks_values, upstream_of
 from msm_core.data_nodes.interpolated_prices import InterpolatedAsset, InterpolatedPrices, resolve_sources
 from msm_core.data_nodes.interpolation import PricesKind
 from msm_core.data_nodes.planning import NodePlan, new_scopes, plan_portfolio, plan_prices, plan_signal, read_world, with_prices
@@ -17,8 +17,7 @@ from msm_core.data_nodes.registration import read_configurations, register_portf
 from msm_core.data_nodes.signals import SignalKind, SignalWeights
 from msm_core.database import exported_snapshot, get_engine, transaction
 from msm_core.errors import ConfigurationError, MsmError, NodeFailed, StorageNotPrepared, UnknownAssets
-from msm_core.models import SignalWeightsStorage
-from msm_core.storage import Scope, ensure_progress, verify_prepared
+from msm_core.storage import ensure_progress, read_progress, verify_prepared
 
 
 def run_portfolio(node: PortfoliosDataNode, as_of: datetime | None, update_tree: bool) -> NodeResult:
@@ -43,6 +42,8 @@ def run_portfolio(node: PortfoliosDataNode, as_of: datetime | None, update_tree:
 
 def _upstream(engine: Engine, configuration: PortfolioConfiguration) -> list[PortfolioConfiguration]:
     """Stored portfolios that it waits for, in order. Raises CyclicPlan where it, or one of them, waits for itself."""
+    if not tracks_values(configuration.signal):
+        return []  # the stored fleet may be large
     with transaction(engine, read_only=True) as connection:
         stored = [c for c in read_configurations(connection).configurations if c.identifier != configuration.identifier]
     fleet = dependencies([*stored, configuration])
@@ -104,10 +105,12 @@ def _update_prices(engine: Engine, plans: Sequence[NodePlan[InterpolatedAsset]],
 
 def run_signal(node: SignalWeights, as_of: datetime | None) -> NodeResult:
     """Bring one signal up to date. Raises NodeFailed, StorageNotPrepared."""
-    engine = get_engine()
+    engine, scope = get_engine(), node.scopes[0]
     with engine.begin() as connection:
         verify_prepared(connection)
-        ensure_progress(connection, [Scope(SignalWeightsStorage, node.identifier)])
+        ensure_progress(connection, [scope])
+        progress = read_progress(connection, [scope.uid])[scope.uid]
+    node = node.model_copy(update={"watermark": progress.watermark})  # what lies before it, but for a window, is not read again
     return _settled(update_batch(engine, Batch(SignalKind(), (node,), as_of or _now(engine)))[0])
 
 

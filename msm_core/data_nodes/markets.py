@@ -11,7 +11,7 @@ from sqlalchemy import Connection
 from msm_core.alignment import Market, PriceAlignmentPolicy, align
 from msm_core.configuration import PortfolioConfiguration
 from msm_core.errors import MsmError
-from msm_core.frames import Series, to_datetime, utc
+from msm_core.frames import Series, earliest, to_datetime, utc
 from msm_core.price_sources import SourceKey
 from msm_core.sessions import Sessions
 from msm_core.sources import Source, read_prices
@@ -60,11 +60,14 @@ ReadKey = tuple[SourceKey, str, str | None]
 
 def read_markets(
     connection: Connection, needs: Iterable[Need], sources: Sources, calendars: Calendars, delisted: Mapping[str, np.datetime64],
-    as_of: datetime,
+    as_of: datetime, *, inside: bool,
 ) -> dict[MarketKey, Market | MsmError]:  # fmt: skip
+    """Of sources that this system writes (inside), or of those that others do; needs of the rest are passed over."""
     groups: dict[MarketKey, list[Need]] = {}
     for need in needs:
-        groups.setdefault(need.key, []).append(need)
+        source = sources[need.key.source]
+        if inside == (isinstance(source, Source) and source.is_inside):
+            groups.setdefault(need.key, []).append(need)
     prices = _read(connection, [need for group in groups.values() for need in group], sources, calendars, as_of)
     return {key: _market(key, group, sources, calendars, prices, delisted, as_of) for key, group in groups.items()}
 
@@ -82,8 +85,7 @@ def _read(
             prices[key, column, liquidity_column] = source
             continue
         assets = sorted({a for need in group for a in need.assets})
-        oldest = [_bars_since(need, source, calendars) for need in group]
-        since = None if None in oldest else min(time for time in oldest if time is not None)
+        since = earliest(_bars_since(need, source, calendars) for need in group)
         try:
             found: dict[str, Series] | MsmError = read_prices(connection, source, column, assets, since, as_of, liquidity_column)
         except MsmError as error:

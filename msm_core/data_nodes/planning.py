@@ -81,10 +81,9 @@ def read_world(
 
     price_sources  that are of interest beside those of the portfolios
     """
-    signals = list({c.signal_uid: c.signal for c in configurations}.values())
     held = {i: trade.held() for i, trade in last_trades(connection, [c.identifier for c in configurations]).items()}
     needed = {c.identifier: {*c.signal.universe, *held.get(c.identifier, ()), *c.signal.override} for c in configurations}
-    uses = [*((p, None, ()) for p in price_sources), *_uses(configurations, signals, needed)]
+    uses = [*((p, None, ()) for p in price_sources), *_uses(configurations, needed)]
     resolved = resolve_sources(connection, [source for source, _, _ in uses])
     interpolated: dict[SourceKey, set[str]] = {key: set() for key in resolved.storages if isinstance(resolved.sources[key], Source)}
     wanted: dict[tuple[SourceKey, str], set[str]] = {}
@@ -96,7 +95,8 @@ def read_world(
     scopes = [s for c in configurations for s in (*portfolio_scopes(c, has_orders=True), Scope(SignalWeightsStorage, c.signal_uid))]
     scopes += [Scope(resolved.storages[key], asset) for key, assets in interpolated.items() for asset in assets]
     progress = read_progress(connection, {s.uid for s in scopes})
-    known = read_assets(connection, {a for names in (*needed.values(), *interpolated.values(), *map(asset_names, signals)) for a in names})
+    named = (*needed.values(), *interpolated.values(), *map(asset_names, _signals(configurations)))
+    known = read_assets(connection, {a for names in named for a in names})
     coverage: dict[tuple[SourceKey, str], Bounds] = {}
     for (key, column), names in wanted.items():
         source = resolved.sources[key]
@@ -110,19 +110,23 @@ def read_world(
 
 def price_sources_of(configurations: Sequence[PortfolioConfiguration]) -> list[PriceSource]:
     """Everything that a fleet reads numbers from, portfolios and their signals."""
-    signals = list({c.signal_uid: c.signal for c in configurations}.values())
-    return [source for source, _, _ in _uses(configurations, signals, {c.identifier: set() for c in configurations})]
+    return [source for source, _, _ in _uses(configurations, {c.identifier: set() for c in configurations})]
+
+
+def _signals(configurations: Sequence[PortfolioConfiguration]) -> list[Signal]:
+    """Distinct ones, whoever follows them."""
+    return list({c.signal_uid: c.signal for c in configurations}.values())
 
 
 def _uses(
-    configurations: Sequence[PortfolioConfiguration], signals: Sequence[Signal], needed: Mapping[str, set[str]]
+    configurations: Sequence[PortfolioConfiguration], needed: Mapping[str, set[str]]
 ) -> Iterable[tuple[PriceSource, str, Iterable[str]]]:
     """(source, column, assets) of everything that the fleet reads."""
     for c in configurations:
         yield c.price_source, c.price_column, needed[c.identifier]
         if rate := c.execution.cash_rate:
             yield rate.source, rate.column, (rate.identifier,)
-    for signal in signals:
+    for signal in _signals(configurations):
         yield from ((request.source, request.column, request.identifiers) for request in signal.requests)
         if (location := signal.weights_location) and location.source:
             yield location.source, location.column, signal.universe
@@ -183,6 +187,11 @@ def with_prices(world: World, plans: Sequence[NodePlan[InterpolatedAsset]]) -> W
         if plan.node and bars:
             first, last = bars
             coming.setdefault(plan.node.source_key, {})[plan.node.asset_identifier] = (first, last + SESSION_LENGTH_MAX)
+    return with_coverage(world, coming)
+
+
+def with_coverage(world: World, coming: Mapping[SourceKey, Bounds]) -> World:
+    """The world once what is `coming` in some sources is there."""
     coverage = {(key, column): {**stored, **coming.get(key, {})} for (key, column), stored in world.coverage.items()}
     return replace(world, coverage=coverage)
 
@@ -240,21 +249,19 @@ def _computed_end(signal: ComputedSignal, world: World, watermark: datetime | No
     """Where the universe of a computed signal is covered. Raises SourceNotRegistered, SourceUnusable, MissingPrices."""
     ends: list[Limit] = [(as_of, "as of")]
     for request in signal.requests:
-        source = world.resolved.sources[request.source.key]
-        if error := source_error(source, request.column):
-            raise error
-        assert isinstance(source, Source)
-        covered = world.coverage[request.source.key, request.column]
-        absent = [a for a in request.identifiers if a not in covered and not _is_gone(world, a, as_of)]
+        source = _usable(world, request.source, request.column)
         if signal.stale_after_sessions is not None:
             continue  # whoever is silent may be left out; sessions are counted when it is computed
+        covered = world.coverage[request.source.key, request.column]
+        listed = [a for a in request.identifiers if not _is_gone(world, a, as_of)]
+        absent = [a for a in listed if a not in covered]
         if absent and watermark is None:
             raise MissingPrices(
                 portfolio=f"signal {signal.kind}", source=source.identifier, column=request.column, assets=", ".join(absent)
             )
         if absent:
             return watermark or as_of, absent[0]
-        ends += [(covered[a][1] + source.margin, a) for a in request.identifiers if not _is_gone(world, a, as_of)]
+        ends += [(covered[a][1] + source.margin, a) for a in listed]
     return min(ends)
 
 
@@ -295,12 +302,10 @@ def _plan_portfolio(
     unknown = [a for a in required if a not in world.assets]
     if unknown:
         raise UnknownAssets(owner=identifier, assets=", ".join(unknown))
-    source = world.resolved.sources[configuration.price_source.key]
-    if error := source_error(source, configuration.price_column, configuration.rebalance.liquidity_column):
-        raise error
+    source = _usable(world, configuration.price_source, configuration.price_column, configuration.rebalance.liquidity_column)
     if signal.error:
         raise DependencyFailed(upstream=f"signal {signal.identifier} ({signal.error['message']})")
-    ends = [_priced_end(configuration, world, required, start, as_of), _signal_end(configuration, signal, as_of)]
+    ends = [_priced_end(configuration, world, source, required, start, as_of), _signal_end(configuration, signal, as_of)]
     end, limit = min(*ends, _rate_end(configuration, world, as_of))
     window = NodePlan[PortfoliosDataNode](identifier, reason, None, start, end, limit)
     if start is not None and end <= start:
@@ -330,6 +335,15 @@ def _reason(configuration: PortfolioConfiguration, own: Sequence[Progress | None
     return "inputs advanced"
 
 
+def _usable(world: World, price_source: PriceSource, column: str, liquidity_column: str | None = None) -> Source:
+    """The source, as the catalogue knows it. Raises SourceNotRegistered, SourceUnusable and what else keeps it from being read."""
+    source = world.resolved.sources[price_source.key]
+    if error := source_error(source, column, liquidity_column):
+        raise error
+    assert isinstance(source, Source)  # else it is the error
+    return source
+
+
 def source_error(source: Source | MsmError, column: str, liquidity_column: str | None = None) -> MsmError | None:
     """Why numbers of `column` cannot be read from a source, or a strategy cannot do without `liquidity_column`; None = they can."""
     if isinstance(source, MsmError):
@@ -343,17 +357,20 @@ def source_error(source: Source | MsmError, column: str, liquidity_column: str |
 
 
 def _priced_end(
-    configuration: PortfolioConfiguration, world: World, required: Sequence[str], start: datetime | None, as_of: datetime
+    configuration: PortfolioConfiguration,
+    world: World,
+    source: Source,
+    required: Sequence[str],
+    start: datetime | None,
+    as_of: datetime,
 ) -> Limit:
     """The first end of the required assets' prices. Raises MissingPrices for a fresh portfolio with an asset that has none."""
-    source = world.resolved.sources[configuration.price_source.key]
-    assert isinstance(source, Source)
     covered = world.coverage[configuration.price_source.key, configuration.price_column]
-    required = [a for a in required if not _is_gone(world, a, as_of)]
-    absent = [a for a in required if a not in covered]
     signal = configuration.signal
     if isinstance(signal, ComputedSignal) and signal.stale_after_sessions is not None:
         return as_of, "as of"  # whoever is silent may be let go; sessions are counted when it is computed
+    required = [a for a in required if not _is_gone(world, a, as_of)]
+    absent = [a for a in required if a not in covered]
     if absent and start is None:
         facts = {"source": source.identifier, "column": configuration.price_column, "assets": ", ".join(absent)}
         raise MissingPrices(portfolio=configuration.identifier, **facts)
@@ -383,10 +400,7 @@ def _rate_end(configuration: PortfolioConfiguration, world: World, as_of: dateti
     rate = configuration.execution.cash_rate
     if rate is None:
         return as_of, "as of"
-    source = world.resolved.sources[rate.source.key]
-    if error := source_error(source, rate.column):
-        raise error
-    assert isinstance(source, Source)
+    source = _usable(world, rate.source, rate.column)
     covered = world.coverage[rate.source.key, rate.column].get(rate.identifier)
     if covered is None:
         raise MissingRate(rate=rate.identifier, source=source.identifier, time="any time")

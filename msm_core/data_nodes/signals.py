@@ -18,13 +18,13 @@ from msm_core.data_nodes.interpolated_prices import resolve_sources
 from msm_core.data_nodes.markets import Calendars, MarketKey, Markets, Need, Sources, read_markets
 from msm_core.data_nodes.weight_files import read_weight_file
 from msm_core.errors import InvalidWeight, MsmError, SourceUnusable, UnknownAssets
-from msm_core.frames import SignalRows, iso, to_datetime, utc
+from msm_core.frames import SignalRows, earliest, iso, to_datetime, utc
 from msm_core.models import SignalWeightsStorage
 from msm_core.price_sources import PriceSource, PublishedValues
 from msm_core.signals import Signal, Vectors
 from msm_core.signals.base import Inputs, Request, WeightsLocation
 from msm_core.signals.computed import ComputedSignal
-from msm_core.sources import AssetFacts, Source, delistings, read_assets, read_weight_rows
+from msm_core.sources import AssetFacts, delistings, read_assets, read_weight_rows
 from msm_core.storage import Advance, ProgressRows, Scope
 
 
@@ -103,19 +103,15 @@ class SignalKind:
         sources = resolve_sources(connection, read).sources if read else {}
         keys = {s.calendar_key for s in signals if isinstance(s, ComputedSignal)}
         calendars = resolve_calendars(connection, keys, as_of) if keys else {}
-        foreign = [need for need in needs_of(nodes) if not _is_inside(need, sources)]
-        markets = read_markets(connection, foreign, sources, calendars, delistings(assets), as_of)
+        markets = read_markets(connection, needs_of(nodes), sources, calendars, delistings(assets), as_of, inside=False)
         return Outside(sources, calendars, markets, assets, _read_weights(connection, nodes, sources, as_of), as_of)
 
     def read_inside(self, connection: Connection, nodes: Sequence[SignalWeights], progress: ProgressRows, outside: Outside) -> Markets:
         """One statement per (source, column) that this system writes."""
-        ours = [need for need in needs_of(nodes) if _is_inside(need, outside.sources)]
-        found = read_markets(connection, ours, outside.sources, outside.calendars, delistings(outside.assets), outside.as_of)
-        return {**outside.markets, **found}
+        world = (outside.sources, outside.calendars, delistings(outside.assets), outside.as_of)
+        return {**outside.markets, **read_markets(connection, needs_of(nodes), *world, inside=True)}
 
-    def update(
-        self, node: SignalWeights, progress: ProgressRows, outside: Outside, inside: Markets, as_of: datetime
-    ) -> list[Advance]:  # fmt: skip
+    def update(self, node: SignalWeights, progress: ProgressRows, outside: Outside, inside: Markets, as_of: datetime) -> list[Advance]:
         signal, scope = node.signal_weights_instance, node.scopes[0]
         unknown = sorted(asset_names(signal) - outside.assets.keys())
         if unknown:
@@ -179,11 +175,6 @@ def needs_of(nodes: Iterable[SignalWeights]) -> list[Need]:
     return needs
 
 
-def _is_inside(need: Need, sources: Sources) -> bool:
-    source = sources[need.key.source]
-    return isinstance(source, Source) and source.is_inside
-
-
 def _read_weights(
     connection: Connection, nodes: Sequence[SignalWeights], sources: Sources, as_of: datetime
 ) -> dict[str, SignalRows | MsmError]:
@@ -195,8 +186,7 @@ def _read_weights(
     found: dict[str, SignalRows | MsmError] = {}
     for members in groups.values():
         location = members[0].signal_weights_instance.weights_location
-        starts = [node.since for node in members]
-        since = None if None in starts else min(s for s in starts if s is not None)
+        since = earliest(node.since for node in members)
         assert location is not None
         try:
             rows: SignalRows | MsmError = _weights_at(connection, location, sources, since, as_of)
@@ -206,9 +196,7 @@ def _read_weights(
     return found
 
 
-def _weights_at(
-    connection: Connection, location: WeightsLocation, sources: Sources, since: datetime | None, as_of: datetime
-) -> SignalRows:  # fmt: skip
+def _weights_at(connection: Connection, location: WeightsLocation, sources: Sources, since: datetime | None, as_of: datetime) -> SignalRows:
     if location.source is None:
         assert location.path is not None
         return read_weight_file(location.path, location.column)
