@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import structlog
 
@@ -44,14 +44,22 @@ KINDS: dict[str, tuple[NodeKind[Any], type[WorkNode]]] = {
 START_SECONDS_MAX = 90
 
 
-def encode_batch(kind: str, nodes: Sequence[WorkNode], as_of: datetime, run_uid: uuid.UUID | None, snapshot: str | None) -> str:
+class Errand(NamedTuple):
+    """What all batches of a run are told: nothing later than `as_of` is used, and the snapshot of outside inputs."""
+
+    as_of: datetime
+    run_uid: uuid.UUID | None = None
+    snapshot: str | None = None
+
+
+def encode_batch(kind: str, nodes: Sequence[WorkNode], errand: Errand) -> str:
     return json.dumps(
         {
             "kind": kind,
             "nodes": [node.model_dump(mode="json") for node in nodes],
-            "as_of": as_of.isoformat(),
-            "run_uid": str(run_uid) if run_uid else None,
-            "snapshot": snapshot,
+            "as_of": errand.as_of.isoformat(),
+            "run_uid": str(errand.run_uid) if errand.run_uid else None,
+            "snapshot": errand.snapshot,
             "code_version": code_version(),
         }
     )

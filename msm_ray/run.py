@@ -1,45 +1,31 @@
-"""The loop of a run: submit, wait, quarantine, report. It knows executors by two methods and nothing of Ray.
+"""A run: plan, let it fly, record, report. Nothing here knows Ray.
 
-A node's failure stops only what depends on it. A lost batch is halved and tried again until the culprit stands alone. Nodes that a
-rival run holds are asked again at the end: landed by the rival to the same as-of, they are up to date.
+Nodes that a rival run holds are asked again at the end: landed by the rival to the same as-of, they are up to date.
 """
 
 import time
 import uuid
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timedelta
-from graphlib import CycleError, TopologicalSorter
+from datetime import datetime
 from typing import Any
 
 import structlog
 from sqlalchemy import Engine
 
 from msm_core.configuration import PortfolioConfiguration
-from msm_core.data_nodes.base import NodeResult, failure_facts
-from msm_core.data_nodes.interpolated_prices import InterpolatedAsset
+from msm_core.data_nodes.base import NodeResult
 from msm_core.data_nodes.planning import new_scopes, read_world
-from msm_core.data_nodes.portfolios import PortfoliosDataNode
-from msm_core.data_nodes.signals import SignalWeights
 from msm_core.database import exported_snapshot, transaction
-from msm_core.errors import CyclicPlan, DependencyFailed
-from msm_core.frames import parse_frequency
-from msm_core.signals.computed import ComputedSignal
 from msm_core.storage import ensure_progress, verify_prepared
 from msm_ray import ledger
-from msm_ray.executors import Executor, encode_batch
-from msm_ray.plan import Key, Plan, Work, make_plan
+from msm_ray.executors import Errand, Executor
+from msm_ray.flight import Flight
+from msm_ray.plan import Key, Plan, make_plan
 
 log = structlog.get_logger()
 
-BATCH_NODES_MAX = 256
-PRICE_NODES_MAX = 4096  # an asset is a smaller piece of work than a portfolio
-PRICE_COLUMNS = 4  # columns of a bar, weighed: they travel, but are not computed with
-WINDOW_WEIGHT = 0.1  # of a number in a signal's window against one of a portfolio's
-BATCH_CELLS_MAX = 3_000_000  # sessions x assets: bounds memory, and keeps a task long enough to be worth its overhead
-SESSIONS_PER_DAY = 5 / 7
-FRESH_SESSIONS = 5_000  # guess for a window without a start
 BUSY_SECONDS_MAX = 60.0
 BUSY_PAUSE_SECONDS = 1.0
 
@@ -205,131 +191,11 @@ class _Run:
             self._publish(plan, news, reasons)
 
         note(plan.settled())
-        for batch in _Flight(plan, self).results():
+        errand = Errand(self.as_of, self.run_uid, self.snapshot)
+        for batch in Flight(plan, self.executor, errand, self.options.batch_size).results():
             note(batch)
         return results
 
     def _publish(self, plan: Plan, results: Sequence[NodeResult], reasons: dict[Key, str]) -> None:
         ledger.record(self.engine, self.run_uid, results, reasons)
         self.on_progress(plan, results)
-
-
-class _Flight:
-    """The nodes of one plan on their way: ready ones wait in groups that share inputs, batches fly, dependants of failures are skipped."""
-
-    def __init__(self, plan: Plan, run: _Run) -> None:
-        self.run = run
-        self.work, self.upstream = plan.work(), plan.upstream()
-        self.sorter = TopologicalSorter(self.upstream)
-        try:
-            self.sorter.prepare()
-        except CycleError as error:
-            raise CyclicPlan(cycle=" -> ".join(f"{kind}:{identifier}" for kind, identifier in error.args[1])) from None
-        self.blocked: dict[Key, NodeResult] = {}
-        self.waiting: dict[tuple[Any, ...], deque[Key]] = defaultdict(deque)
-        self.flying: dict[int, list[Key]] = {}
-        self.tickets = 0
-
-    def results(self) -> Iterator[list[NodeResult]]:
-        """Yields the results of each batch, and of the nodes that its failures skip, until nothing is left."""
-        while self.sorter.is_active():
-            skipped = self._collect_ready()
-            if skipped:
-                yield skipped
-            while len(self.flying) < 2 * self.run.executor.slots and (batch := self._next_batch()):
-                self._submit(batch)
-            if self.flying:
-                yield self._land()
-
-    def _collect_ready(self) -> list[NodeResult]:
-        skipped = []
-        for key in self.sorter.get_ready():
-            bad = next((self.blocked[up] for up in self.upstream[key] if up in self.blocked), None)
-            if bad is None:
-                self.waiting[_group(key, self.work[key])].append(key)
-            else:
-                skipped.append(self._skip(key, bad))
-        return skipped
-
-    def _skip(self, key: Key, bad: NodeResult) -> NodeResult:
-        cause = f"{bad.kind} {bad.identifier} ({bad.error['message'] if bad.error else bad.status})"
-        facts = failure_facts(DependencyFailed(upstream=cause))
-        status = "busy" if bad.status == "busy" else "skipped"
-        result = NodeResult(key[0], key[1], status, error=facts, attempts=0)
-        self.blocked[key] = result
-        self.sorter.done(key)
-        return result
-
-    def _next_batch(self) -> list[Key]:
-        """The next nodes of the fullest group, up to the bounds on nodes and on work.
-
-        In the order of their keys, as far as they are ready: rows then go to the right end of a primary key, which is its fast end.
-        """
-        group = max(self.waiting, key=lambda g: len(self.waiting[g]), default=None)
-        if group is None:
-            return []
-        waiting, batch, cells = self.waiting[group], list[Key](), 0.0
-        most = self.run.options.batch_size or (PRICE_NODES_MAX if group[0] == "prices" else BATCH_NODES_MAX)
-        while waiting and len(batch) < most and (not batch or cells < BATCH_CELLS_MAX):
-            key = waiting.popleft()
-            batch.append(key)
-            cells += _cells(self.work[key], self.run.as_of)
-        if not waiting:
-            del self.waiting[group]
-        return batch
-
-    def _submit(self, keys: list[Key]) -> None:
-        nodes = [self.work[key] for key in sorted(keys)]
-        payload = encode_batch(keys[0][0], nodes, self.run.as_of, self.run.run_uid, self.run.snapshot)
-        self.tickets += 1
-        self.flying[self.tickets] = keys
-        self.run.executor.submit(self.tickets, payload)
-
-    def _land(self) -> list[NodeResult]:
-        ticket, outcome = self.run.executor.wait()
-        keys = self.flying.pop(ticket)
-        if isinstance(outcome, Exception):
-            return self._lost(keys, outcome)
-        for result in outcome:
-            key = (result.kind, result.identifier)
-            if result.status in ("failed", "busy"):
-                self.blocked[key] = result
-            self.sorter.done(key)
-        return outcome
-
-    def _lost(self, keys: list[Key], error: Exception) -> list[NodeResult]:
-        """A batch without an answer: two halves get another chance, a single node is quarantined."""
-        if len(keys) > 1:
-            log.warning("a batch was lost; trying its halves", nodes=len(keys), error=failure_facts(error)["message"])
-            half = len(keys) // 2
-            self._submit(keys[:half])
-            self._submit(keys[half:])
-            return []
-        result = NodeResult(*keys[0], "failed", error=failure_facts(error))
-        self.blocked[keys[0]] = result
-        self.sorter.done(keys[0])
-        return [result]
-
-
-def _group(key: Key, node: Work) -> tuple[Any, ...]:
-    """Nodes of one group read the same prices over a similar window."""
-    if isinstance(node, InterpolatedAsset):
-        return (key[0], node.source_key, node.since is None)
-    if isinstance(node, SignalWeights):
-        sources = sorted({str(source.key) for source in node.dependencies().values()})
-        return (key[0], *sources, node.since is None)
-    configuration = node.portfolio_configuration
-    return (key[0], configuration.price_source.key, configuration.price_column, node.since is None)
-
-
-def _cells(node: Work, as_of: datetime) -> float:
-    """Estimated sessions x assets of a node's window; of bars for prices, of which each is a dozen columns; of a signal's own windows."""
-    sessions = (FRESH_SESSIONS if node.since is None else max((as_of - node.since).days, 1) * SESSIONS_PER_DAY) + 1
-    if isinstance(node, InterpolatedAsset):
-        return sessions * PRICE_COLUMNS * (timedelta(days=1) / parse_frequency(node.source_cadence))
-    if isinstance(node, PortfoliosDataNode):
-        return sessions * (len(node.assets) + 1)
-    signal = node.signal_weights_instance
-    if not isinstance(signal, ComputedSignal):
-        return len(signal.universe)
-    return sessions * len(signal.universe) * max(signal.history_sessions * WINDOW_WEIGHT, 1.0)

@@ -18,8 +18,9 @@ from msm_core.configuration import PortfolioConfiguration
 from msm_core.data_nodes.base import NodeResult
 from msm_core.errors import RunNotFound, StaleCode, StorageNotPrepared, WorkerLost
 from msm_ray import executors, ledger
+from msm_ray import flight
 from msm_ray import run as driver
-from msm_ray.executors import LocalExecutor, Outcome, encode_batch, run_batch
+from msm_ray.executors import Errand, LocalExecutor, Outcome, encode_batch, run_batch
 from msm_ray.run import RunReport
 from tests import factories
 from tests.factories import equal, fixed, instant, messages, portfolio, run, schedule, sql, statuses
@@ -200,7 +201,7 @@ def test_a_reply_that_is_lost_does_not_lose_the_work(engine, fleet):
 
 def test_a_worker_of_another_installation_is_refused(engine, fleet, monkeypatch):
     plan = factories.plan(engine, fleet, NIGHT)
-    payload = encode_batch("signal", [p.node for p in plan.signals if p.node], plan.as_of, None, None)
+    payload = encode_batch("signal", [p.node for p in plan.signals if p.node], Errand(plan.as_of))
     monkeypatch.setattr(executors, "code_version", lambda: "another")
     with pytest.raises(StaleCode, match="the worker runs code version another, the driver prices-"):
         run_batch(payload)
@@ -330,7 +331,7 @@ def test_batches_are_bounded_in_number_and_size(engine, fleet, monkeypatch):
     assert executor.most <= 4  # two per slot
     assert max(len(batch) for batch in executor.submitted) <= 3
     wipe(engine)
-    monkeypatch.setattr(driver, "BATCH_CELLS_MAX", 1)
+    monkeypatch.setattr(flight, "BATCH_CELLS_MAX", 1)
     executor = FakeExecutor(slots=3)
     run(engine, fleet, NIGHT, registered=True, executor=executor)
     assert {len(batch) for batch in executor.submitted} == {1}
