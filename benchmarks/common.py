@@ -33,8 +33,9 @@ def emit(result: dict[str, Any]) -> None:
 
 
 @contextmanager
-def server() -> Iterator[Callable[[], Engine]]:
-    """A server of its own, under a temporary MSM_HOME; calling the value makes a fresh database with tables, calendar and bars."""
+def server() -> Iterator[Callable[..., Engine]]:
+    """A server of its own, under a temporary MSM_HOME; calling the value makes a fresh database, with the demo's
+    calendar and bars or empty."""
     with tempfile.TemporaryDirectory(prefix="msm-benchmark-") as home:
         os.chmod(home, 0o755)  # the server of a root user runs as another account, which must be able to enter
         os.environ["MSM_HOME"] = home
@@ -43,7 +44,7 @@ def server() -> Iterator[Callable[[], Engine]]:
         os.environ["MSM_DATABASE_URL"] = url
         made = 0
 
-        def fresh() -> Engine:
+        def fresh(with_demo: bool = True) -> Engine:
             nonlocal made
             made += 1
             os.environ["MSM_DATABASE_URL"] = url
@@ -52,7 +53,8 @@ def server() -> Iterator[Callable[[], Engine]]:
             os.environ["MSM_DATABASE_URL"] = url.rsplit("/", 1)[0] + f"/benchmark_{made}"
             engine = get_engine()
             prepare.prepare(engine)
-            demo.load(engine, lambda text: None)
+            if with_demo:
+                demo.load(engine, lambda text: None)
             return engine
 
         try:

@@ -1,5 +1,6 @@
 """Local alignment: the bars of a source at the valuation times of a calendar. Pure, and nothing of it is stored."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -53,12 +54,22 @@ class Market:
     gone_from: Times
     policy: PriceAlignmentPolicy
     places: Mapping[str, int] = field(init=False, compare=False)
+    _digests: dict[tuple[int, int, int], bytes] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "places", {asset: i for i, asset in enumerate(self.assets)})
 
     def columns(self, assets: Sequence[str]) -> np.ndarray:
         return np.array([self.places[a] for a in assets], dtype=np.int64)
+
+    def digests(self, columns: np.ndarray, rows: slice) -> list[bytes]:
+        """sha256 of the prices and volumes of each of some assets; worked out once for all portfolios that hold it."""
+        keys = [(column, rows.start, rows.stop) for column in columns.tolist()]
+        for key in keys:
+            if key not in self._digests:
+                bars = (block[rows, key[0]].tobytes() for block in (self.prices, self.volumes))
+                self._digests[key] = hashlib.sha256(b"".join(bars)).digest()
+        return [self._digests[key] for key in keys]
 
     def gone(self, columns: np.ndarray, times: Times) -> np.ndarray:
         """(T, N) mask: the asset is past its `delisted_on` at that time; it can be held no longer."""

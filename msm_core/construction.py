@@ -5,6 +5,7 @@ finds the window and the events of one portfolio, `msm_core.execution` makes tra
 Nothing here knows other portfolios, the clock or the database, so batches, workers and splits cannot reach the numbers.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -69,7 +70,11 @@ class Window:
 
 @dataclass(frozen=True)
 class Construction:
-    """Rows of one update: values at `times` (T,), one vector over `assets` (N,) per trade (K, N), and the order that is left."""
+    """Rows of one update: values at `times` (T,), one vector over `assets` (N,) per trade (K, N), and the order that is left.
+
+    volumes       (K, N) of the bar of each trade; NaN where unknown
+    input_digest  sha256 of the bars that it was computed from, and of the weights
+    """
 
     times: Times
     close: Floats
@@ -79,16 +84,23 @@ class Construction:
     bars: Bars
     opening: Opening
     trades: Trades
+    volumes: Floats
+    input_digest: str
 
     @cached_property
+    def prices(self) -> Floats:
+        """(K, N) price of each trade."""
+        return self.bars.prices[self.trades.rows]
+
+    @property
     def prices_before(self) -> Floats:
         """(K, N) price of the trade that struck the position that each trade changes; NaN where there was none."""
-        return _before(self.opening.prices, self.bars.prices, self.trades)
+        return _before(self.opening.prices, self.prices, self.trades)
 
-    @cached_property
+    @property
     def volumes_before(self) -> Floats:
         """(K, N) volume of the bar of that trade; NaN where there was none, or it is unknown."""
-        return _before(self.opening.volumes, self.bars.volumes, self.trades)
+        return _before(self.opening.volumes, self.volumes, self.trades)
 
 
 # -- window -------------------------------------------------------------------------------------------------------------------
@@ -203,6 +215,8 @@ def finished(window: Window, trades: Trades) -> Construction | None:
         bars=bars,
         opening=opening,
         trades=trades,
+        volumes=market.volumes[window.rows][trades.rows].take(window.job.columns, axis=1),
+        input_digest=_digest(market.digests(window.job.columns, window.rows), window.assets, bars.times, trades.after),
     )
 
 
@@ -325,6 +339,13 @@ def _order(state: State, assets: tuple[str, ...]) -> Order | None:
     return Order(state.watermark, goals, state.order.active_from, used)
 
 
+def _digest(bars: Sequence[bytes], assets: Sequence[str], times: Times, weights: Floats) -> str:
+    digest = hashlib.sha256(b"".join(bars))
+    for part in ("\0".join(assets).encode(), times.tobytes(), weights.tobytes()):
+        digest.update(part)
+    return digest.hexdigest()
+
+
 def _published(configuration: PortfolioConfiguration, market: Market, rows: slice, values: Floats, begun: np.ndarray) -> Floats:
     """The published close: the computed value, or the override asset's price, which must be usable wherever the portfolio is valued."""
     override = configuration.signal.override_asset
@@ -338,6 +359,6 @@ def _published(configuration: PortfolioConfiguration, market: Market, rows: slic
 def _before(first: Floats, later: Floats, trades: Trades) -> Floats:
     struck = np.empty_like(trades.before)
     struck[:1] = first
-    struck[1:] = later[trades.rows[:-1]]
+    struck[1:] = later[:-1]
     struck[trades.before == 0] = np.nan
     return struck

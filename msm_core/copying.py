@@ -6,9 +6,9 @@ Why not ADBC, the library: it cannot share a connection with the claim and the p
 the rows, and was measured at 0.6 of this end to end (lab/perf.md F).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import psycopg
@@ -22,9 +22,9 @@ from msm_core.frames import Floats, Times
 
 COPY_HEADER = b"PGCOPY\n\xff\r\n\0" + bytes(8)
 COPY_TRAILER = b"\xff\xff"
-NULL_LENGTH = np.frombuffer(b"\xff\xff\xff\xff", np.uint8)
 POSTGRES_EPOCH = np.datetime64("2000-01-01", "us")
 ROWS_PER_BLOCK = 8_192  # a block of them stays in the processor's cache
+ROWS_MERGED = 65_536  # blocks are put together up to here, and not beyond: it takes memory
 ARRAY_HEADER_BYTES = 20  # one dimension
 FLOAT8_ARRAY_OID = 1022
 TIMESTAMPTZ_ARRAY_OID = 1185
@@ -58,8 +58,10 @@ def row_count(block: Block) -> int:
     return len(first.codes) if isinstance(first, Text) else len(first)
 
 
-def concatenate(blocks: Sequence[Block]) -> dict[str, Column]:
+def concatenate(blocks: Sequence[Block]) -> Block:
     """Blocks of the same columns, one after the other."""
+    if len(blocks) == 1:
+        return blocks[0]
     return {name: _concatenate_column([block[name] for block in blocks]) for name in blocks[0]}
 
 
@@ -71,95 +73,111 @@ def _concatenate_column(parts: Sequence[Column]) -> Column:
 # -- writing ------------------------------------------------------------------------------------------------------------------
 
 
-def copy_in(connection: Connection, table: str, block: Block) -> int:
-    """Append `block` to `table` by binary COPY inside the running transaction; returns the rows. NaN and NaT become NULL."""
+def copy_in(connection: Connection, table: str, *blocks: Block) -> int:
+    """Append blocks of the same columns to `table` by one binary COPY inside the running transaction; returns the rows.
+
+    NaN and NaT become NULL. What is in flight is a block at a time, however many there are.
+    """
     statement = sql.SQL("COPY {} ({}) FROM STDIN (FORMAT BINARY)").format(
-        sql.Identifier(table), sql.SQL(", ").join(sql.Identifier(name) for name in block)
+        sql.Identifier(table), sql.SQL(", ").join(sql.Identifier(name) for name in blocks[0])
     )
-    rows = row_count(block)
     with driver_connection(connection).cursor() as cursor, cursor.copy(statement) as copy:
         copy.write(COPY_HEADER)
-        for encoded in encode_rows(block):
-            copy.write(encoded)
+        for block in _merged(blocks):
+            for encoded in encode_rows(block):
+                copy.write(encoded)
         copy.write(COPY_TRAILER)
-    return rows
+    return sum(map(row_count, blocks))
+
+
+def _merged(blocks: Iterable[Block]) -> Iterator[Block]:
+    """The same rows in fewer blocks: a nightly increment has some rows of each portfolio, and each block costs."""
+    waiting, rows = list[Block](), 0
+    for block in blocks:
+        waiting.append(block)
+        rows += row_count(block)
+        if rows >= ROWS_MERGED:
+            yield concatenate(waiting)
+            waiting, rows = [], 0
+    if waiting:
+        yield concatenate(waiting)
 
 
 def encode_rows(block: Block) -> Iterator[bytes]:
-    """Tuples of the COPY format, some thousand at a time: fields side by side, then a mask squeezes out what a row does not use."""
-    columns = [_TextTable.of(column) if isinstance(column, Text) else column for column in block.values()]
+    """Tuples of the COPY format, some thousand at a time: columns side by side in one buffer, out of which a mask squeezes what a row
+    does not use."""
+    columns = [_TextColumn(column) if isinstance(column, Text) else _ValueColumn(column) for column in block.values()]
     for start in range(0, row_count(block), ROWS_PER_BLOCK):
-        rows = slice(start, start + ROWS_PER_BLOCK)
-        fields = [column.encode(rows) if isinstance(column, _TextTable) else _encode_values(column[rows]) for column in columns]
-        count = len(fields[0].slots)
-        head = np.broadcast_to(np.frombuffer(len(fields).to_bytes(2, "big"), np.uint8), (count, 2))
-        slots = np.concatenate([head, *(field.slots for field in fields)], axis=1)
-        if all(field.used is None for field in fields):
-            yield slots.tobytes()
-            continue
-        used, begin = np.ones(slots.shape, bool), 2
-        for field in fields:
-            end = begin + field.slots.shape[1]
-            if field.used is not None:
-                used[:, begin:end] = field.used
-            begin = end
-        yield slots[used].tobytes()
+        rows = slice(start, min(start + ROWS_PER_BLOCK, row_count(block)))
+        edges = np.cumsum([2, *(column.width(rows) for column in columns)]).tolist()
+        slots = np.empty((rows.stop - rows.start, edges[-1]), np.uint8)
+        slots[:, :2].view(">i2")[:, 0] = len(columns)
+        used = None
+        for column, begin, end in zip(columns, edges, edges[1:], strict=False):
+            mask = column.write(rows, slots[:, begin:end])
+            if mask is not None:
+                used = np.ones(slots.shape, bool) if used is None else used
+                used[:, begin:end] = mask
+        yield slots.tobytes() if used is None else slots[used].tobytes()
 
 
-class _Field(NamedTuple):
-    """One column of some rows: bytes (R, width), and which of them each row uses; None = all."""
-
-    slots: np.ndarray
-    used: np.ndarray | None
-
-
-def _encode_values(values: np.ndarray) -> _Field:
+class _ValueColumn:
     """A float8 or timestamptz column: 4 bytes of length, 8 of data, or a length of -1 and no data; a boolean one: 1 of data."""
-    if values.dtype.kind == "b":
-        slots = np.zeros((len(values), 5), np.uint8)
-        slots[:, 3], slots[:, 4] = 1, values
-        return _Field(slots, None)
-    if values.dtype.kind == "M":
-        null, data = np.isnat(values), (values.astype("datetime64[us]") - POSTGRES_EPOCH).astype(">i8")
-    else:
-        null, data = np.isnan(values), values.astype(">f8")
-    if null.all():
-        return _Field(np.broadcast_to(NULL_LENGTH, (len(values), 4)), None)
-    slots = np.empty((len(values), 12), np.uint8)
-    slots[:, :4] = (0, 0, 0, 8)
-    slots[:, 4:] = data.view(np.uint8).reshape(-1, 8)
-    if not null.any():
-        return _Field(slots, None)
-    slots[null, :4] = NULL_LENGTH
-    used = np.ones(slots.shape, bool)
-    used[null, 4:] = False
-    return _Field(slots, used)
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.is_boolean = values.dtype.kind == "b"
+        self.values = values.astype("datetime64[us]", copy=False) if values.dtype.kind == "M" else values
+
+    def width(self, rows: slice) -> int:
+        if self.is_boolean:
+            return 5
+        return 4 if self._null(rows).all() else 12
+
+    def write(self, rows: slice, slots: np.ndarray) -> np.ndarray | None:
+        """Fill (R, width) bytes; returns the mask of those that are used, None = all. Views of 4 and 8 bytes: single ones are slow."""
+        values, length, data = self.values[rows], slots[:, :4].view(">i4")[:, 0], slots[:, 4:]
+        if self.is_boolean:
+            length[:], data[:, 0] = 1, values
+            return None
+        null = self._null(rows)
+        if not data.shape[1]:
+            length[:] = -1
+            return None
+        if values.dtype.kind == "M":
+            data.view(">i8")[:, 0] = (values - POSTGRES_EPOCH).view(np.int64)
+        else:
+            data.view(">f8")[:, 0] = values
+        if not null.any():
+            length[:] = 8
+            return None
+        length[:] = np.where(null, -1, 8)
+        used = np.ones(slots.shape, bool)
+        used[null, 4:] = False
+        return used
+
+    def _null(self, rows: slice) -> np.ndarray:
+        values = self.values[rows]
+        return np.isnat(values) if values.dtype.kind == "M" else np.isnan(values)
 
 
-@dataclass(frozen=True)
-class _TextTable:
-    """The categories of a text column, encoded once: table (C, width), lengths (C,) with their own 4 bytes, codes (R,)."""
+class _TextColumn:
+    """A text column whose categories are encoded once, as items of one width: 4 bytes of length, the text, and padding."""
 
-    table: np.ndarray
-    lengths: np.ndarray
-    codes: np.ndarray
-
-    @classmethod
-    def of(cls, column: Text) -> "_TextTable":
+    def __init__(self, column: Text) -> None:
         encoded = [category.encode() for category in column.categories]
-        lengths = np.array([len(e) for e in encoded], np.int64)
-        table = np.zeros((len(encoded), 4 + int(lengths.max(initial=0))), np.uint8)
-        table[:, :4] = lengths.astype(">i4").view(np.uint8).reshape(-1, 4)
-        for row, text in zip(table, encoded, strict=True):
-            row[4 : 4 + len(text)] = np.frombuffer(text, np.uint8)
-        return cls(table, lengths + 4, column.codes)
+        self.codes, self.lengths = column.codes, np.array([4 + len(e) for e in encoded], np.int64)
+        self.items = np.array([len(e).to_bytes(4, "big") + e for e in encoded], f"V{self.lengths.max(initial=4)}")
 
-    def encode(self, rows: slice) -> _Field:
+    def width(self, rows: slice) -> int:
+        return self.items.itemsize
+
+    def write(self, rows: slice, slots: np.ndarray) -> np.ndarray | None:
+        """As of a value column."""
         codes = self.codes[rows]
-        lengths = self.lengths[codes]
-        width = int(lengths.max(initial=0))
-        used = None if (lengths == width).all() else np.arange(width) < lengths[:, None]
-        return _Field(self.table[codes, :width], used)
+        slots.view(self.items.dtype)[:, 0] = self.items[codes] if len(self.items) > 1 else self.items[0]
+        if (self.lengths == slots.shape[1]).all():
+            return None
+        return np.arange(slots.shape[1]) < self.lengths[codes, None]
 
 
 # -- reading ------------------------------------------------------------------------------------------------------------------

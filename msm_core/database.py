@@ -127,6 +127,38 @@ def check_server(engine: Engine) -> None:
         raise UnsupportedDatabase(found=f"Postgres {int(version) // 10000}", needed=POSTGRES_VERSION_MIN)
 
 
+class TooFewConnections(MsmError):
+    message = (
+        "the database at {where} grants {left} more connections, and a run needs {needed}: one for a worker beside those of the driver. "
+        "Close other clients, raise max_connections (or the limit of the role or the database), or connect through pgbouncer."
+    )
+
+
+def connections_left(engine: Engine) -> int | None:
+    """How many more connections the server grants now, to this role on this database; None behind a pooler, whose clients wait instead.
+
+    What is reserved for superusers is left to them, even by one. A pooler is known by its cancel key, which is not that of the backend.
+    """
+    with engine.connect() as connection:
+        backend, left = connection.exec_driver_sql(CONNECTIONS_LEFT).one()
+        told: int = connection.connection.driver_connection.info.backend_pid  # type: ignore[union-attr]
+    return left if told == backend else None
+
+
+# A plain role does not see the type of other roles' sessions: those of a database then count as clients.
+CONNECTIONS_LEFT = """
+    WITH client AS (
+        SELECT datid, usesysid FROM pg_stat_activity WHERE datid IS NOT NULL AND coalesce(backend_type, 'client backend') = 'client backend'
+    )
+    SELECT pg_backend_pid(), greatest(0, least(
+        current_setting('max_connections')::int - current_setting('superuser_reserved_connections')::int
+            - coalesce(current_setting('reserved_connections', true)::int, 0) - (SELECT count(*) FROM client),
+        CASE WHEN rolconnlimit >= 0 AND NOT rolsuper THEN rolconnlimit - (SELECT count(*) FROM client WHERE usesysid = r.oid) END,
+        CASE WHEN datconnlimit >= 0 AND NOT rolsuper THEN datconnlimit - (SELECT count(*) FROM client WHERE datid = d.oid) END))
+    FROM pg_roles r, pg_database d WHERE rolname = session_user AND datname = current_database()
+"""
+
+
 @contextmanager
 def transaction(engine: Engine, *, read_only: bool = False, snapshot: str | None = None) -> Iterator[Connection]:
     """A REPEATABLE READ transaction in UTC with bounded waits; under `snapshot` it sees exactly what the exporting one sees.

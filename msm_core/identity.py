@@ -4,6 +4,7 @@ A uid is a sha256 over canonical JSON. What changes numbers is inside it; what d
 and nowhere else: to logical identifiers (`ns.Asset`), to physical tables (`msm__asset__ns`) and, by default, to node uids.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -25,46 +26,87 @@ from msm_core.settings import Settings
 
 IDENTITY_VERSION = 1  # bump only with a migration: every stored uid depends on it
 PHYSICAL_NAME_BYTES_MAX = 63  # Postgres truncates longer names in silence
+UIDS_KEPT = 2**18  # of nodes, in memory
 EXACT_INTEGER_MAX = 2**53  # above it a float no longer names one integer
 
 
-def canonical(value: Any, path: str = "$") -> Any:
+def canonical(value: Any) -> Any:
     """`value` as plain JSON data in which equal meaning is equal text. Raises NotCanonical for NaN, infinities and unknown types."""
+    try:
+        return _plain(value)
+    except NotCanonical as error:
+        raise _found_at(error, "$") from None
+
+
+def _plain(value: Any) -> Any:
+    """As `canonical`; the path in its error is relative. Every node of every fleet passes here: the usual types come first."""
+    kind = type(value)
+    if kind is str or value is None or kind is bool:
+        return value
+    if kind is float:
+        return _canonical_number(value)
+    if kind is dict:
+        return _plain_mapping(value)
+    if kind is tuple or kind is list:
+        return _plain_sequence(value)
     match value:
-        case None | bool() | str():
-            return value
         case Enum():
-            return canonical(value.value, path)
+            return _plain(value.value)
+        case str():
+            return value
         case int():
             return int(value)
         case float() | np.floating():
-            return _canonical_number(float(value), path)
+            return _canonical_number(float(value))
         case datetime():
             if value.tzinfo is None:
-                raise NotCanonical(value=value, path=path, why="it has no time zone")
+                raise NotCanonical(value=value, path="", why="it has no time zone")
             return value.astimezone(UTC).isoformat()
         case date() | uuid.UUID():
             return str(value)
         case timedelta():
-            return _canonical_number(value.total_seconds(), path)
+            return _canonical_number(value.total_seconds())
         case BaseModel():
-            return canonical(value.model_dump(), path)
+            return _plain(value.model_dump())
         case Mapping():
-            plain = {str(key): canonical(item, f"{path}.{key}") for key, item in value.items()}
-            if len(plain) < len(value):
-                raise NotCanonical(value=repr(dict(value)), path=path, why="two of its keys, such as 1 and '1', are the same text")
-            return plain
+            return _plain_mapping(value)
         case set() | frozenset():
-            return sorted((canonical(item, f"{path}{{}}") for item in value), key=lambda item: json.dumps(item, sort_keys=True))
+            return sorted(_plain_sequence(list(value), "{{}}"), key=lambda item: json.dumps(item, sort_keys=True))
         case Sequence() if not isinstance(value, (bytes, bytearray, memoryview)):
-            return [canonical(item, f"{path}[{i}]") for i, item in enumerate(value)]
-    raise NotCanonical(value=repr(value), path=path, why=f"{type(value).__name__} is not a plain value")
+            return _plain_sequence(value)
+    raise NotCanonical(value=repr(value), path="", why=f"{type(value).__name__} is not a plain value")
 
 
-def _canonical_number(value: float, path: str) -> int | float:
+def _plain_mapping(value: Mapping[Any, Any]) -> dict[str, Any]:
+    key, plain = None, dict[str, Any]()
+    try:
+        for key, item in value.items():
+            plain[str(key)] = _plain(item)
+    except NotCanonical as error:
+        raise _found_at(error, f".{key}") from None
+    if len(plain) < len(value):
+        raise NotCanonical(value=repr(dict(value)), path="", why="two of its keys, such as 1 and '1', are the same text")
+    return plain
+
+
+def _plain_sequence(value: Sequence[Any], place: str = "[{}]") -> list[Any]:
+    plain: list[Any] = []
+    try:
+        for item in value:
+            plain.append(_plain(item))
+    except NotCanonical as error:
+        raise _found_at(error, place.format(len(plain))) from None
+    return plain
+
+
+def _found_at(error: NotCanonical, place: str) -> NotCanonical:
+    return NotCanonical(**{**error.facts, "path": place + error.facts["path"]})
+
+
+def _canonical_number(value: float) -> int | float:
     """1 and 1.0 mean the same, so they read the same; -0.0 is 0."""
     if not math.isfinite(value):
-        raise NotCanonical(value=value, path=path, why="it is not finite")
+        raise NotCanonical(value=value, path="", why="it is not finite")
     return int(value) if value.is_integer() and abs(value) < EXACT_INTEGER_MAX else value
 
 
@@ -286,5 +328,10 @@ def storage_uid(identifier: str) -> uuid.UUID:
 
 def node_uid(storage_identifier: str, scope: str, hash_namespace: str | None = None) -> uuid.UUID:
     """Uid of the progress row of one (storage, scope). `hash_namespace` defaults to the process namespace."""
-    namespace = checked_namespace(hash_namespace)
+    return _node_uid(storage_identifier, scope, checked_namespace(hash_namespace))
+
+
+@functools.lru_cache(maxsize=UIDS_KEPT)
+def _node_uid(storage_identifier: str, scope: str, namespace: str | None) -> uuid.UUID:
+    """Asked for again and again, of each node of a fleet."""
     return identity_uuid({"kind": "data_node_update", "storage": storage_identifier, "scope": scope, "namespace": namespace})

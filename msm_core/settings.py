@@ -15,6 +15,7 @@ class Settings(BaseSettings):
     auto_register_namespace  `MSM_AUTO_REGISTER_NAMESPACE`: prefix of identifiers and suffix of tables; empty = default namespace
     pg_bin                   `MSM_PG_BIN`: folder of initdb and postgres, instead of the embedded wheel
     ray_allow_unauthenticated  `MSM_RAY_ALLOW_UNAUTHENTICATED`: use a remote Ray cluster although it asks for no token
+    metrics_file             `MSM_METRICS_FILE`: where a run leaves its figures for Prometheus, a .prom file (msm_ray/metrics.py)
     """
 
     model_config = SettingsConfigDict(env_prefix="MSM_", extra="ignore")
@@ -25,6 +26,7 @@ class Settings(BaseSettings):
     auto_register_namespace: str = ""
     pg_bin: Path | None = None
     ray_allow_unauthenticated: bool = False
+    metrics_file: Path | None = None
 
     @property
     def state_path(self) -> Path:

@@ -16,7 +16,7 @@ import numpy as np
 from psycopg import sql
 from sqlalchemy import Connection
 
-from msm_core.copying import Block, concatenate, copy_in, execute, fetch
+from msm_core.copying import Block, copy_in, execute, fetch
 from msm_core.errors import ProgressConflict, StorageNotPrepared
 from msm_core.frames import LastTrade, SignalRows, to_datetime, utc
 from msm_core.identity import node_uid
@@ -246,7 +246,7 @@ def commit_advances(connection: Connection, advances: Sequence[Advance], run_uid
         _delete_scopes(connection, storage, [a.scope.value for a in group if a.replace])
         blocks = [a.block for a in sorted(group, key=lambda a: a.scope.value) if a.block is not None]
         if blocks:
-            copy_in(connection, storage.__tablename__, concatenate(blocks))
+            copy_in(connection, storage.__tablename__, *blocks)
     _move_progress(connection, advances, run_uid)
 
 

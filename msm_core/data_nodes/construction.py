@@ -22,7 +22,6 @@ from msm_core.construction import (
     window_end,
 )
 from msm_core.copying import Block, Text, execute
-from msm_core.data_nodes.base import input_digest
 from msm_core.data_nodes.calendars import resolve_calendars
 from msm_core.data_nodes.interpolated_prices import resolve_sources
 from msm_core.data_nodes.markets import Calendars, MarketKey, Markets, Need, Sources, read_markets
@@ -302,8 +301,6 @@ def _open_order(stored: tuple[Times, list[str], Floats, Floats] | None) -> OpenO
 
 
 def _advances(node: PortfoliosDataNode, progress: ProgressRows, construction: Construction) -> list[Advance]:
-    bars = construction.bars
-    digest = input_digest(bars.assets, bars.times, bars.prices, bars.volumes, construction.trades.after)
     blocks = {
         PortfoliosStorage: _values_block(node.identifier, construction),
         PortfolioWeightsStorage: _weights_block(node.identifier, construction),
@@ -323,7 +320,7 @@ def _advances(node: PortfoliosDataNode, progress: ProgressRows, construction: Co
                 row_count=rows + (0 if replaced else progress[scope.uid].row_count),
                 configuration_hash=node.portfolio_configuration.configuration_hash,
                 code_version=portfolio_code_version(node.portfolio_configuration),
-                input_digest=digest,
+                input_digest=construction.input_digest,
                 block=block if rows else None,
                 replace=replaced,
             )
@@ -364,21 +361,24 @@ def _values_block(identifier: str, construction: Construction) -> tuple[Block, i
 
 def _weights_block(identifier: str, construction: Construction) -> tuple[Block, int]:
     """One complete vector per trade: every asset held before or after it."""
-    trades, bars = construction.trades, construction.bars
-    trade, asset = np.nonzero((trades.after != 0) | (trades.before != 0))
-    row = trades.rows[trade]
-    block = {
-        "portfolio_identifier": Text.constant(identifier, len(trade)),
-        "time_index": bars.times[row],
-        "asset_identifier": Text(asset, construction.assets),
-        "weight": trades.after[trade, asset],
-        "weight_before": trades.before[trade, asset],
-        "price_current": bars.prices[row, asset],
-        "price_before": construction.prices_before[trade, asset],
-        "volume_current": bars.volumes[row, asset],
-        "volume_before": construction.volumes_before[trade, asset],
+    trades = construction.trades
+    listed = np.flatnonzero((trades.after != 0) | (trades.before != 0))
+    trade, asset = np.divmod(listed, max(len(construction.assets), 1))
+    columns = {
+        "weight": trades.after,
+        "weight_before": trades.before,
+        "price_current": construction.prices,
+        "price_before": construction.prices_before,
+        "volume_current": construction.volumes,
+        "volume_before": construction.volumes_before,
     }
-    return block, len(trade)
+    block = {
+        "portfolio_identifier": Text.constant(identifier, len(listed)),
+        "time_index": construction.bars.times[trades.rows][trade],
+        "asset_identifier": Text(asset, construction.assets),
+        **{name: values.take(listed) for name, values in columns.items()},
+    }
+    return block, len(listed)
 
 
 def _index_block(identifier: str, construction: Construction) -> tuple[Block, int]:
