@@ -3,13 +3,12 @@
 Everything under `portfolio_build_configuration` changes numbers and is identity; `portfolio_markets_configuration` describes.
 """
 
-from collections.abc import Mapping
 from datetime import date, timedelta
 from enum import StrEnum
 from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator, model_validator
 
 from msm_core.alignment import PriceAlignmentPolicy
 from msm_core.frames import format_frequency, parse_frequency
@@ -124,18 +123,9 @@ class PortfolioMarketsConfig(Spec):
 class PortfolioConfiguration(Spec):
     """One portfolio, whole."""
 
-    model_config = ConfigDict(ignored_types=(cached_property,))
-
     kind: Literal["portfolio"] = "portfolio"
     portfolio_build_configuration: PortfolioBuildConfiguration
     portfolio_markets_configuration: PortfolioMarketsConfig
-
-    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """As pydantic's, but without the identities that were worked out for the original."""
-        copied = super().model_copy(update=update, deep=deep)
-        for name in ("configuration_hash", "signal_uid"):
-            vars(copied).pop(name, None)
-        return copied
 
     @cached_property
     def configuration_hash(self) -> str:
@@ -144,8 +134,7 @@ class PortfolioConfiguration(Spec):
         build["price_source_instance"] = self.price_source.identity_payload
         return identity({"kind": self.kind, "portfolio_build_configuration": build})
 
-    @property
-    def uid(self) -> str:
+    def _uid(self) -> str:
         return self.configuration_hash
 
     @property
@@ -160,7 +149,7 @@ class PortfolioConfiguration(Spec):
     def signal(self) -> Signal:
         return self.portfolio_build_configuration.backtesting_weights_configuration.signal_weights_instance
 
-    @cached_property
+    @property
     def signal_uid(self) -> str:
         return self.signal.uid
 

@@ -34,8 +34,8 @@ class Series:
     volumes: Floats
     liquidity: Floats | None = None
 
-    def kept(self, rows: np.ndarray) -> "Series":
-        """The bars that a mask keeps."""
+    def kept(self, rows: np.ndarray | slice) -> "Series":
+        """Some of its bars, by a mask or a slice."""
         liquidity = None if self.liquidity is None else self.liquidity[rows]
         return Series(self.times[rows], self.values[rows], self.volumes[rows], liquidity)
 

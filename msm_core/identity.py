@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from datetime import UTC, date, datetime, timedelta
 from enum import Enum
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Generic, TypeVar, get_args
+from typing import Any, Generic, Self, TypeVar, get_args
 
 import numpy as np
 import structlog
@@ -130,14 +130,27 @@ def identity_uuid(payload: Mapping[str, Any]) -> uuid.UUID:
 class Spec(BaseModel):
     """A frozen description of a computation. What is in the fields is what is in the uid."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True, ignored_types=(functools.cached_property,)
+    )
 
     kind: str  # a field, not a ClassVar: nested specs must carry their kind into the parent's uid
 
-    @property
+    @functools.cached_property
     def uid(self) -> str:
+        """Worked out once: a run asks for it again and again."""
+        return self._uid()
+
+    def _uid(self) -> str:
         """Absent options are left out, so a later optional field does not rename everything that exists."""
         return identity(self.model_dump(exclude_none=True))
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """As pydantic's, but without what was worked out for the original."""
+        copied = super().model_copy(update=update, deep=deep)
+        for name in vars(copied).keys() - type(self).model_fields.keys():
+            del vars(copied)[name]
+        return copied
 
 
 S = TypeVar("S", bound=Spec)

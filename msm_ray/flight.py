@@ -5,7 +5,6 @@ A node's failure stops only what depends on it. A lost batch is halved and tried
 
 from collections import defaultdict, deque
 from collections.abc import Iterator
-from datetime import datetime, timedelta
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
@@ -13,23 +12,19 @@ import structlog
 
 from msm_core.data_nodes.base import NodeResult, failure_facts
 from msm_core.data_nodes.interpolated_prices import InterpolatedAsset
-from msm_core.data_nodes.portfolios import PortfoliosDataNode
 from msm_core.data_nodes.signals import SignalWeights
 from msm_core.errors import CyclicPlan, DependencyFailed
-from msm_core.frames import parse_frequency
-from msm_core.signals.computed import ComputedSignal
 from msm_ray.executors import Errand, Executor, encode_batch
+from msm_ray.loads import load_of
 from msm_ray.plan import Key, Plan, Work
 
 log = structlog.get_logger()
 
-BATCH_NODES_MAX = 256
-PRICE_NODES_MAX = 4096  # an asset is a smaller piece of work than a portfolio
-PRICE_COLUMNS = 4  # columns of a bar, weighed: they travel, but are not computed with
-WINDOW_WEIGHT = 0.1  # of a number in a signal's window against one of a portfolio's
-BATCH_CELLS_MAX = 3_000_000  # sessions x assets: bounds memory, and keeps a task long enough to be worth its overhead
-SESSIONS_PER_DAY = 5 / 7
-FRESH_SESSIONS = 5_000  # guess for a window without a start
+BATCH_NODES_MAX = 1_024
+BATCH_SECONDS = (0.5, 15.0)  # a task must be worth its overhead, and must not keep the others waiting at the end
+BATCH_ROWS_MAX = 3_000_000  # bounds memory: a row is held twice for a while
+BATCH_CELLS_MAX = 12_000_000  # bounds memory: prices and what is reckoned with them
+UPSTREAM_FIRST = {"prices": 0, "signal": 1, "portfolio": 2}
 
 
 class Flight:
@@ -44,6 +39,8 @@ class Flight:
         except CycleError as error:
             raise CyclicPlan(cycle=" -> ".join(f"{kind}:{identifier}" for kind, identifier in error.args[1])) from None
         self.blocked: dict[Key, NodeResult] = {}
+        self.loads = {key: load_of(node, errand.as_of) for key, node in self.work.items()}
+        self.seconds_left = sum(load.seconds for load in self.loads.values())  # of what has not been submitted
         self.waiting: dict[tuple[Any, ...], deque[Key]] = defaultdict(deque)
         self.flying: dict[int, list[Key]] = {}
         self.tickets = 0
@@ -79,19 +76,25 @@ class Flight:
         return result
 
     def _next_batch(self) -> list[Key]:
-        """The next nodes of the fullest group, up to the bounds on nodes and on work.
+        """The next nodes of a group: what others wait for comes first, then the most work.
 
-        In the order of their keys, as far as they are ready: rows then go to the right end of a primary key, which is its fast end.
+        A batch is a share of all that is left, so the last ones are small and all workers end together; never so small that it is not
+        worth a task, nor too large for memory. In the order of keys, as far as they are ready: rows then go to the right end of a
+        primary key, which is its fast end.
         """
-        group = max(self.waiting, key=lambda g: len(self.waiting[g]), default=None)
-        if group is None:
+        if not self.waiting:
             return []
-        waiting, batch, cells = self.waiting[group], list[Key](), 0.0
-        most = self.batch_size or (PRICE_NODES_MAX if group[0] == "prices" else BATCH_NODES_MAX)
-        while waiting and len(batch) < most and (not batch or cells < BATCH_CELLS_MAX):
-            key = waiting.popleft()
-            batch.append(key)
-            cells += _cells(self.work[key], self.errand.as_of)
+        group = min(self.waiting, key=lambda g: (UPSTREAM_FIRST[g[0]], -sum(self.loads[key].seconds for key in self.waiting[g])))
+        waiting, batch, rows, cells, seconds = self.waiting[group], list[Key](), 0.0, 0.0, 0.0
+        least, most = BATCH_SECONDS
+        share = min(max(self.seconds_left / (2 * self.executor.slots), least), most)
+        while waiting and len(batch) < (self.batch_size or BATCH_NODES_MAX):
+            load = self.loads[waiting[0]]
+            rows, cells, seconds = rows + load.rows, cells + load.cells, seconds + load.seconds
+            if batch and (rows > BATCH_ROWS_MAX or cells > BATCH_CELLS_MAX or (seconds > share and not self.batch_size)):
+                break
+            batch.append(waiting.popleft())
+            self.seconds_left -= load.seconds
         if not waiting:
             del self.waiting[group]
         return batch
@@ -138,16 +141,3 @@ def _group(key: Key, node: Work) -> tuple[Any, ...]:
         return (key[0], *sources, node.since is None)
     configuration = node.portfolio_configuration
     return (key[0], configuration.price_source.key, configuration.price_column, node.since is None)
-
-
-def _cells(node: Work, as_of: datetime) -> float:
-    """Estimated sessions x assets of a node's window; of bars for prices, of which each is a dozen columns; of a signal's own windows."""
-    sessions = (FRESH_SESSIONS if node.since is None else max((as_of - node.since).days, 1) * SESSIONS_PER_DAY) + 1
-    if isinstance(node, InterpolatedAsset):
-        return sessions * PRICE_COLUMNS * (timedelta(days=1) / parse_frequency(node.source_cadence))
-    if isinstance(node, PortfoliosDataNode):
-        return sessions * (len(node.assets) + 1)
-    signal = node.signal_weights_instance
-    if not isinstance(signal, ComputedSignal):
-        return len(signal.universe)
-    return sessions * len(signal.universe) * max(signal.history_sessions * WINDOW_WEIGHT, 1.0)

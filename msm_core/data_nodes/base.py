@@ -63,7 +63,7 @@ class NodeKind(Protocol[N_contra]):
 
     @property
     def name(self) -> str: ...
-    def read_outside(self, connection: Connection, nodes: Sequence[N_contra], as_of: datetime) -> Any: ...
+    def read_outside(self, connection: Connection, nodes: Sequence[N_contra], as_of: datetime, world: str | None) -> Any: ...
     def read_inside(self, connection: Connection, nodes: Sequence[N_contra], progress: ProgressRows, outside: Any) -> Any: ...
     def update(self, node: N_contra, progress: ProgressRows, outside: Any, inside: Any, as_of: datetime) -> list[Advance]: ...
     def finish(self, connection: Connection, nodes: Sequence[N_contra]) -> None: ...
@@ -79,6 +79,11 @@ class Batch(Generic[N]):
     run_uid: uuid.UUID | None = None
     snapshot: str | None = None
 
+    @property
+    def world(self) -> str | None:
+        """Names the one state of outside inputs that all batches of the run read; a snapshot's id alone may come again."""
+        return f"{self.run_uid} {self.snapshot} {self.as_of.isoformat()}" if self.run_uid and self.snapshot else None
+
 
 def update_batch(engine: Engine, batch: Batch[N]) -> list[NodeResult]:
     """Bring the batch's nodes up to date. A node's own failure is reported, never raised; only a lost database raises."""
@@ -91,7 +96,7 @@ def update_batch(engine: Engine, batch: Batch[N]) -> list[NodeResult]:
 def _read_outside(engine: Engine, batch: Batch[Any]) -> Any:
     for attempt in retrying():
         with attempt, transaction(engine, read_only=True, snapshot=batch.snapshot) as connection:
-            return batch.kind.read_outside(connection, batch.nodes, batch.as_of)
+            return batch.kind.read_outside(connection, batch.nodes, batch.as_of, batch.world)
     raise AssertionError("unreachable: the last attempt raises")
 
 

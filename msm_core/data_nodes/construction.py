@@ -86,7 +86,7 @@ class PortfolioKind:
 
     name: str = "portfolio"
 
-    def read_outside(self, connection: Connection, nodes: Sequence[PortfoliosDataNode], as_of: datetime) -> Outside:
+    def read_outside(self, connection: Connection, nodes: Sequence[PortfoliosDataNode], as_of: datetime, world: str | None) -> Outside:
         assets = read_assets(connection, {a for node in nodes for a in node.assets})
         configurations = [node.portfolio_configuration for node in nodes]
         rates = [c.execution.cash_rate.source for c in configurations if c.execution.cash_rate]
@@ -94,7 +94,7 @@ class PortfolioKind:
         keys = {c.rebalance.calendar_key for c in configurations}
         keys |= {c.signal.calendar_key for c in configurations if isinstance(c.signal, ComputedSignal)}
         calendars = resolve_calendars(connection, keys, as_of)
-        markets = read_markets(connection, map(_need, nodes), sources, calendars, delistings(assets), as_of, inside=False)
+        markets = read_markets(connection, map(_need, nodes), sources, calendars, delistings(assets), as_of, inside=False, world=world)
         return Outside(sources, calendars, markets, _cash_accounts(connection, configurations, sources, calendars, as_of), assets, as_of)
 
     def read_inside(self, connection: Connection, nodes: Sequence[PortfoliosDataNode], progress: ProgressRows, outside: Outside) -> Results:

@@ -102,8 +102,7 @@ class InterpolatedPrices(PriceSource):
         frequency, rule = self.policy
         return {"kind": self.kind, "source": self.source_uid, "upsample_frequency_id": frequency, "intraday_bar_interpolation_rule": rule}
 
-    @property
-    def uid(self) -> str:
+    def _uid(self) -> str:
         return identity(self.identity_payload)
 
     def dependencies(self) -> dict[str, PriceSource]:

@@ -57,7 +57,7 @@ class PricesKind:
 
     name: str = "prices"
 
-    def read_outside(self, connection: Connection, nodes: Sequence[InterpolatedAsset], as_of: datetime) -> Outside:
+    def read_outside(self, connection: Connection, nodes: Sequence[InterpolatedAsset], as_of: datetime, world: str | None) -> Outside:
         """Statements: two, one more per storage, and two more for assets that trade around the clock."""
         sources = read_sources(connection, {n.source_time_index_meta_table_uid for n in nodes})
         sessions = _node_sessions(connection, nodes, as_of)

@@ -10,11 +10,12 @@ from sqlalchemy import Connection
 
 from msm_core.alignment import Market, PriceAlignmentPolicy, align
 from msm_core.configuration import PortfolioConfiguration
+from msm_core.data_nodes.kept_prices import KEPT
 from msm_core.errors import MsmError
 from msm_core.frames import Series, earliest, to_datetime, utc
 from msm_core.price_sources import SourceKey
 from msm_core.sessions import Sessions
-from msm_core.sources import Source, read_prices
+from msm_core.sources import Source
 
 
 class MarketKey(NamedTuple):
@@ -60,20 +61,23 @@ ReadKey = tuple[SourceKey, str, str | None]
 
 def read_markets(
     connection: Connection, needs: Iterable[Need], sources: Sources, calendars: Calendars, delisted: Mapping[str, np.datetime64],
-    as_of: datetime, *, inside: bool,
+    as_of: datetime, *, inside: bool, world: str | None = None,
 ) -> dict[MarketKey, Market | MsmError]:  # fmt: skip
-    """Of sources that this system writes (inside), or of those that others do; needs of the rest are passed over."""
+    """Of sources that this system writes (inside), or of those that others do; needs of the rest are passed over.
+
+    world  what all batches of a run read under: bars of it are read once by each process, see `KeptPrices`
+    """
     groups: dict[MarketKey, list[Need]] = {}
     for need in needs:
         source = sources[need.key.source]
         if inside == (isinstance(source, Source) and source.is_inside):
             groups.setdefault(need.key, []).append(need)
-    prices = _read(connection, [need for group in groups.values() for need in group], sources, calendars, as_of)
+    prices = _read(connection, [need for group in groups.values() for need in group], sources, calendars, as_of, world)
     return {key: _market(key, group, sources, calendars, prices, delisted, as_of) for key, group in groups.items()}
 
 
 def _read(
-    connection: Connection, needs: Sequence[Need], sources: Sources, calendars: Calendars, as_of: datetime
+    connection: Connection, needs: Sequence[Need], sources: Sources, calendars: Calendars, as_of: datetime, world: str | None
 ) -> dict[ReadKey, dict[str, Series] | MsmError]:
     groups: dict[ReadKey, list[Need]] = {}
     for need in needs:
@@ -87,7 +91,7 @@ def _read(
         assets = sorted({a for need in group for a in need.assets})
         since = earliest(_bars_since(need, source, calendars) for need in group)
         try:
-            found: dict[str, Series] | MsmError = read_prices(connection, source, column, assets, since, as_of, liquidity_column)
+            found: dict[str, Series] | MsmError = KEPT.read(world, connection, source, column, assets, since, as_of, liquidity_column)
         except MsmError as error:
             found = error
         prices[key, column, liquidity_column] = found

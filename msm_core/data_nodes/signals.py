@@ -94,7 +94,7 @@ class SignalKind:
 
     name: str = "signal"
 
-    def read_outside(self, connection: Connection, nodes: Sequence[SignalWeights], as_of: datetime) -> Outside:
+    def read_outside(self, connection: Connection, nodes: Sequence[SignalWeights], as_of: datetime, world: str | None) -> Outside:
         """Statements: one; where signals are computed one or two for sources, two for calendars, one per (source, column); one per table
         of weights."""
         signals = [node.signal_weights_instance for node in nodes]
@@ -103,7 +103,7 @@ class SignalKind:
         sources = resolve_sources(connection, read).sources if read else {}
         keys = {s.calendar_key for s in signals if isinstance(s, ComputedSignal)}
         calendars = resolve_calendars(connection, keys, as_of) if keys else {}
-        markets = read_markets(connection, needs_of(nodes), sources, calendars, delistings(assets), as_of, inside=False)
+        markets = read_markets(connection, needs_of(nodes), sources, calendars, delistings(assets), as_of, inside=False, world=world)
         return Outside(sources, calendars, markets, assets, _read_weights(connection, nodes, sources, as_of), as_of)
 
     def read_inside(self, connection: Connection, nodes: Sequence[SignalWeights], progress: ProgressRows, outside: Outside) -> Markets:

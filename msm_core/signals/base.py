@@ -104,8 +104,7 @@ class Signal(Spec):
         default=None, description="asset whose price is published as the portfolio's close; the computed value is kept beside it"
     )
 
-    @property
-    def uid(self) -> str:
+    def _uid(self) -> str:
         """As of any spec; of a price source only what changes numbers counts."""
         fields = self.model_dump(exclude_none=True)
         sources = {name: getattr(self, name) for name in type(self).model_fields}

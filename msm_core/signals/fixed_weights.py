@@ -1,6 +1,7 @@
 """Fixed weights: the target never changes."""
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -44,8 +45,8 @@ class FixedWeights(ConstantSignal):
             given["asset_unique_identifier_weights"] = [{"unique_identifier": a, "weight": w} for a, w in pairs]
         return cls.model_validate(given)
 
-    @property
-    def universe(self) -> tuple[str, ...]:
+    @cached_property
+    def universe(self) -> tuple[str, ...]:  # type: ignore[override] - the same, worked out once
         return tuple(w.unique_identifier for w in self.asset_unique_identifier_weights)
 
     def weights(self) -> Floats:

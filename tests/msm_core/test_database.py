@@ -3,7 +3,11 @@
 import os
 import pickle
 import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import psycopg
@@ -248,6 +252,57 @@ def test_one_engine_per_address(engine, monkeypatch):
     assert engine.pool.size() == 1  # type: ignore[attr-defined]
     monkeypatch.setenv("MSM_DATABASE_URL", "postgresql://u@other/db")
     assert database.get_engine() is not engine
+
+
+@contextmanager
+def alone(engine: Engine) -> Iterator[Any]:
+    """The only connection to the database: those that were closed before are gone from the server's list, too."""
+    engine.dispose()
+    address = engine.url.set(drivername="postgresql").render_as_string(hide_password=False)
+    with psycopg.connect(address, autocommit=True) as connection:
+        count = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+        while connection.execute(count).fetchone() != (1,):
+            time.sleep(0.01)
+        yield connection
+
+
+def test_connections_left_are_counted_under_all_limits(engine):
+    """As a role like any other, which does not see what others do."""
+    role, name = f"few_{engine.url.database}", engine.url.database
+    url = engine.url.set(username=role, password="few")
+    plain = database._engine.__wrapped__(url.render_as_string(hide_password=False))
+    address = url.set(drivername="postgresql").render_as_string(hide_password=False)
+
+    def left(role_limit: int, database_limit: int) -> int | None:
+        owner.execute(f"ALTER ROLE {role} CONNECTION LIMIT {role_limit}")
+        owner.execute(f'ALTER DATABASE "{name}" CONNECTION LIMIT {database_limit}')
+        return database.connections_left(plain)
+
+    with alone(engine) as owner:
+        owner.execute(f"CREATE ROLE {role} LOGIN PASSWORD 'few' IN ROLE {engine.url.username}")
+        try:
+            with psycopg.connect(address), psycopg.connect(address), psycopg.connect(address):
+                assert left(10, -1) == 6  # 10 - 3 of the role - the one that asks
+                assert left(-1, 10) == 5  # the owner's counts here
+                assert left(10, 10) == 5
+                assert left(8, 10) == 4
+                assert left(2, 10) == 0
+        finally:
+            plain.dispose()
+            owner.execute(f"DROP ROLE {role}")
+            owner.execute(f'ALTER DATABASE "{name}" CONNECTION LIMIT -1')
+
+
+def test_connections_left_of_the_server(engine):
+    """A superuser keeps what is reserved for one, and no limit of a database binds it."""
+    with alone(engine) as owner:
+        limits = ("max_connections", "superuser_reserved_connections", "reserved_connections")
+        most, *reserved = (int(owner.execute("SELECT coalesce(current_setting(%s, true), '0')", (n,)).fetchone()[0]) for n in limits)
+        owner.execute(f'ALTER DATABASE "{engine.url.database}" CONNECTION LIMIT 1')
+        left = database.connections_left(engine)
+        owner.execute(f'ALTER DATABASE "{engine.url.database}" CONNECTION LIMIT -1')
+    assert left is not None
+    assert most / 2 < left <= most - sum(reserved) - 2  # others may be on this server, too
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from msm_core.configuration import CashRate, PortfolioConfiguration
 from msm_core.data_nodes import markets
 from msm_core.data_nodes.prices import APIDataNode
 from msm_core.signals.base import Signal
+from msm_core.sources import read_prices
 from tests import factories, mixed
 from tests.factories import CALENDAR, equal, fixed, messages, portfolio, run, sql, statuses
 from tests.mixed import BENCH, DAILY, END, NINE, bits, inverse, landed, momentum, nightly, replicator, vectors, wipe
@@ -35,7 +36,7 @@ def prices(**columns: Sequence[float]) -> pd.DataFrame:
 
 def sent_by(engine: Engine, fleet: Sequence[PortfolioConfiguration], as_of: Any) -> int:
     with factories.statements() as sent:
-        report = landed(engine, fleet, as_of, registered=True)
+        report = landed(engine, fleet, as_of, registered=True, batch_size=64)
     assert set(statuses(report).values()) == {"landed"}
     assert set(statuses(report, "signal").values()) == {"landed"}
     return len([s for s in sent if s != ";"])  # not the pool's pings
@@ -79,15 +80,14 @@ def test_statements_do_not_depend_on_how_many_track_a_portfolio(engine):  # R100
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int, Any]]:
-    """(source, column, assets, since) of each block of prices that is read."""
+    """(source, column, assets, since) of each block of prices that is asked for; nothing is kept from one to the next."""
     found: list[tuple[str, str, int, Any]] = []
-    real = markets.read_prices
 
-    def read(connection: Any, source: Any, column: str, assets: Any, since: Any, *rest: Any) -> Any:
+    def read(world: Any, connection: Any, source: Any, column: str, assets: Any, since: Any, *rest: Any) -> Any:
         found.append((source.identifier, column, len(assets), since))
-        return real(connection, source, column, assets, since, *rest)
+        return read_prices(connection, source, column, assets, since, *rest)
 
-    monkeypatch.setattr(markets, "read_prices", read)
+    monkeypatch.setattr(markets.KEPT, "read", read)
     return found
 
 

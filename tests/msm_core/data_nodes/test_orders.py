@@ -192,11 +192,11 @@ def test_a_crash_at_any_table_leaves_nothing_and_the_order_goes_on(engine, monke
     before = factories.versions(engine, tables)
     real, seen = storage.copy_in, list[str]()
 
-    def copy_in(connection: Any, name: str, block: Any) -> Any:
+    def copy_in(connection: Any, name: str, *blocks: Any) -> Any:
         seen.append(name)
         if name == table:
             raise Killed
-        return real(connection, name, block)
+        return real(connection, name, *blocks)
 
     def killed(*args: Any) -> None:
         raise Killed
