@@ -13,6 +13,8 @@ from msm_core.frames import NEVER, Floats, Series, Times
 from msm_core.identity import Spec
 from msm_core.sessions import Sessions
 
+DIGESTS_KEPT_MAX = 100_000  # windows may begin anywhere
+
 
 class PriceAlignmentPolicy(Spec):
     """Which bar prices an asset at a valuation time.
@@ -65,6 +67,8 @@ class Market:
     def digests(self, columns: np.ndarray, rows: slice) -> list[bytes]:
         """sha256 of the prices and volumes of each of some assets; worked out once for all portfolios that hold it."""
         keys = [(column, rows.start, rows.stop) for column in columns.tolist()]
+        if len(self._digests) > DIGESTS_KEPT_MAX:
+            self._digests.clear()
         for key in keys:
             if key not in self._digests:
                 bars = (block[rows, key[0]].tobytes() for block in (self.prices, self.volumes))

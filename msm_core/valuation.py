@@ -178,9 +178,10 @@ def value_drifted(bars: Bars, trades: Trades, opening: Opening, fee_rate: float,
     values[trades.rows] = trades.values
     if not len(between):
         return _checked(values, last, bars, opening, portfolio)
-    struck = np.vstack([opening.prices, bars.prices[trades.rows]])[since]
-    held = np.vstack([opening.weights, trades.after])[since]
-    growth = _growth(held, bars.prices[between], struck)
+    vectors = np.vstack([opening.weights, trades.after])
+    struck = np.where(vectors != 0, np.vstack([opening.prices, bars.prices[trades.rows]]), 1.0)
+    held = vectors[since]
+    growth = _growth(held, bars.prices[between], struck[since])
     if bars.cash is not None:
         spare = 1.0 - ordered_sum(held)
         growth = growth + spare * (bars.cash[between] / np.append(opening.cash, bars.cash[trades.rows])[since] - 1.0)
@@ -232,8 +233,14 @@ def _begun_before(rows: np.ndarray, trades: Trades, opening: Opening) -> np.ndar
 
 
 def _growth(held: Floats, prices: Floats, struck: Floats) -> Floats:
-    """(R,) what a position has earned since it was struck, as a share of the value then."""
-    return ordered_sum(held * (_ratio(held, prices, struck) - 1.0))
+    """(R,) what a position has earned since it was struck, as a share of the value then. `struck` is used up."""
+    with np.errstate(invalid="ignore"):  # 0 times an infinite price, which is nobody's
+        ratio = np.divide(prices, struck, out=struck)
+        ratio -= 1.0
+        ratio *= held
+    if np.isnan(ratio).any():
+        ratio[held == 0] = 0.0  # of what is not held the price need not be known
+    return ordered_sum(ratio, out=ratio)
 
 
 def _ratio(held: Floats, prices: Floats, struck: Floats) -> Floats:

@@ -1,7 +1,7 @@
 """Blocks of prices for whoever needs them: read set-based, one statement per source and column, and aligned once per distinct use."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
@@ -65,15 +65,85 @@ def read_markets(
 ) -> dict[MarketKey, Market | MsmError]:  # fmt: skip
     """Of sources that this system writes (inside), or of those that others do; needs of the rest are passed over.
 
-    world  what all batches of a run read under: bars of it are read once by each process, see `KeptPrices`
+    world  what all batches of a run read under: bars of it are read, and aligned, once by each process (`KeptPrices`, `KeptMarkets`)
     """
     groups: dict[MarketKey, list[Need]] = {}
     for need in needs:
         source = sources[need.key.source]
         if inside == (isinstance(source, Source) and source.is_inside):
             groups.setdefault(need.key, []).append(need)
-    prices = _read(connection, [need for group in groups.values() for need in group], sources, calendars, as_of, world)
-    return {key: _market(key, group, sources, calendars, prices, delisted, as_of) for key, group in groups.items()}
+    kept = MARKETS.of(world)
+    kept.delisted |= delisted
+    slots = {key: (key, _span(group, as_of)) for key, group in groups.items()}
+    found: dict[MarketKey, Market | MsmError] = {key: market for key, group in groups.items() if (market := kept.find(slots[key], group))}
+    missing = {key: kept.extended(slots[key], group) for key, group in groups.items() if key not in found}
+    prices = _read(connection, [need for group in missing.values() for need in group], sources, calendars, as_of, world)
+    for key, group in missing.items():
+        found[key] = kept.keep(slots[key], group, _market(key, group, sources, calendars, prices, kept.delisted, as_of))
+    return found
+
+
+Slot = tuple[MarketKey, int | None]
+
+
+@dataclass
+class KeptMarkets:
+    """Aligned blocks of outside prices that this process made under the snapshot of a run: a batch that needs no more shares them.
+
+    A block may hold more assets and begin earlier than a batch asks for, as those of a batch's other members do. Windows of much
+    different length have blocks of their own: a night needs no decades.
+    """
+
+    world: str | None = None
+    made: dict[Slot, tuple[Market, Need]] = field(default_factory=dict)
+    delisted: dict[str, np.datetime64] = field(default_factory=dict)  # of all assets asked for so far
+
+    def of(self, world: str | None) -> "KeptMarkets":
+        """What is kept of one state of the world, nothing for None; of another one it is given up."""
+        if world is None:
+            return KeptMarkets()
+        if world != self.world:
+            self.world = world
+            self.made.clear()
+            self.delisted.clear()
+        return self
+
+    def find(self, slot: Slot, needs: Sequence[Need]) -> Market | None:
+        market, covered = self.made.get(slot, (None, None))
+        return market if covered is not None and _covers(covered, needs) else None
+
+    def extended(self, slot: Slot, needs: Sequence[Need]) -> list[Need]:
+        """`needs`, and what is kept already: the block grows to what all batches need, and is made no more."""
+        return [*needs, self.made[slot][1]] if slot in self.made else list(needs)
+
+    def keep(self, slot: Slot, needs: Sequence[Need], market: Market | MsmError) -> Market | MsmError:
+        self.made.pop(slot, None)
+        if isinstance(market, Market) and self.world is not None and market.prices.size <= KEPT_CELLS_MAX:
+            while sum(m.prices.size for m, _ in self.made.values()) + market.prices.size > KEPT_CELLS_MAX:
+                self.made.pop(next(iter(self.made)))
+            history = max(need.history_sessions for need in needs)
+            self.made[slot] = (market, Need(slot[0], market.assets, earliest(need.since for need in needs), history))
+        return market
+
+
+def _span(needs: Iterable[Need], as_of: datetime) -> int | None:
+    """Length of the longest window, to a factor of two; None = from the beginning."""
+    since = earliest(need.since for need in needs)
+    return None if since is None else (as_of - since).days.bit_length()
+
+
+def _covers(covered: Need, needs: Iterable[Need]) -> bool:
+    assets = set(covered.assets)
+    return all(
+        assets.issuperset(need.assets)
+        and need.history_sessions <= covered.history_sessions
+        and (covered.since is None or (need.since is not None and need.since >= covered.since))
+        for need in needs
+    )
+
+
+KEPT_CELLS_MAX = 6_000_000  # sessions x assets in each process; 41 bytes each
+MARKETS = KeptMarkets()
 
 
 def _read(

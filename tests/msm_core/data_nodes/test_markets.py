@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from datetime import date, timedelta
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,12 +10,16 @@ import pandas as pd
 import pytest
 from sqlalchemy import Engine
 
+from msm_core.alignment import Market, PriceAlignmentPolicy
 from msm_core.api import Asset
 from msm_core.configuration import CashRate, PortfolioConfiguration
 from msm_core.data_nodes import markets
+from msm_core.data_nodes.calendars import resolve_calendars
+from msm_core.data_nodes.markets import read_markets
 from msm_core.data_nodes.prices import APIDataNode
+from msm_core.database import transaction
 from msm_core.signals.base import Signal
-from msm_core.sources import read_prices
+from msm_core.sources import delistings, find_sources, read_assets, read_prices
 from tests import factories, mixed
 from tests.factories import CALENDAR, equal, fixed, messages, portfolio, run, sql, statuses
 from tests.mixed import BENCH, DAILY, END, NINE, bits, inverse, landed, momentum, nightly, replicator, vectors, wipe
@@ -88,6 +93,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int, Any]]:
         return read_prices(connection, source, column, assets, since, *rest)
 
     monkeypatch.setattr(markets.KEPT, "read", read)
+    monkeypatch.setattr(markets.KeptMarkets, "of", lambda *_: markets.KeptMarkets())
     return found
 
 
@@ -379,3 +385,42 @@ def test_the_calendar_of_the_portfolio_counts_the_days_of_cash(engine):
     landed(engine, [portfolio("p", fixed(A=0.5), calendar=always, cash_rate=rate(), fee=0.0, on="signal_change")])
     assert closes(engine, "p") == pytest.approx((0.5 + 0.5 * np.cumprod([1.0] + [1.0001] * 5)).tolist(), abs=1e-15)
     assert always != CALENDAR
+
+
+# -- kept ---------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_block_that_is_kept_holds_what_would_be_made(engine, seed, monkeypatch):
+    """Batches of one run ask for random assets from random times on; every answer is that of a process that keeps nothing."""
+    random = np.random.default_rng(seed)
+    days = mixed.open_market(engine, count=60).index
+    sql(engine, f"UPDATE msm__asset SET delisted_on = '{days[30]:%Y-%m-%d}' WHERE unique_identifier = 'a4' RETURNING 1")
+    as_of = factories.instant("2030-01-01")
+    monkeypatch.setattr(markets, "MARKETS", markets.KeptMarkets())
+    monkeypatch.setattr(markets, "KEPT_CELLS_MAX", int(random.choice([200, 6_000_000])))
+    with transaction(engine, read_only=True) as connection:
+        (source,) = find_sources(connection, ["ExternalPricesTS"])
+        calendars = resolve_calendars(connection, [CALENDAR], as_of)
+        key = markets.MarketKey((source.uid, None), "close", CALENDAR, timedelta(days=1), PriceAlignmentPolicy())
+        shared = 0
+        for _ in range(12):
+            chosen = sorted(random.choice(NINE, random.integers(1, 9), replace=False))
+            since = None if random.random() < 0.4 else days[int(random.integers(0, 59))].to_pydatetime()
+            need = markets.Need(key, chosen, since, int(random.integers(0, 5)))
+            gone = delistings(read_assets(connection, chosen))
+            ask = partial(read_markets, connection, [need], {key.source: source}, calendars, gone, as_of, inside=False)
+            before = [id(market) for market, _ in markets.MARKETS.made.values()]
+            kept, fresh = ask(world="run 1")[key], ask()[key]
+            shared += id(kept) in before
+            assert isinstance(kept, Market)
+            assert isinstance(fresh, Market)
+            rows, columns = np.searchsorted(kept.grid, fresh.grid), kept.columns(fresh.assets)
+            for name in ("prices", "bar_times", "fresh", "volumes", "liquidity"):
+                ours, theirs = getattr(kept, name)[rows][:, columns], getattr(fresh, name)
+                known = fresh.bar_times >= fresh.grid[0]  # of an older bar only who reads further back knows
+                np.testing.assert_array_equal(ours[known], theirs[known])
+            np.testing.assert_array_equal(kept.gone_from[columns], fresh.gone_from)
+            seen = ~np.isnat(fresh.last_bar)
+            np.testing.assert_array_equal(kept.last_bar[columns][seen], fresh.last_bar[seen])
+    assert shared or markets.KEPT_CELLS_MAX == 200
