@@ -1,12 +1,9 @@
-"""What people see while a command works: logs, a live bar and tables. stdout is the result; everything else goes to stderr."""
+"""What people see of a command: logs, tables and errors. stdout is the result; everything else goes to stderr."""
 
 import json
 import logging
 import sys
-import time
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -14,12 +11,36 @@ import structlog
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from msm_core.data_nodes.base import NodeResult
+from msm_core.data_nodes.base import failure_facts
 from msm_core.database import redact
-from msm_ray.plan import Plan
+from msm_core.errors import (
+    CalendarNotFound,
+    ConfigurationError,
+    CyclicPlan,
+    DatabaseNotConfigured,
+    EmptySchedule,
+    InvalidNamespace,
+    MsmError,
+    RunNotFound,
+    SelectionError,
+    SourceConflict,
+    SourceNotRegistered,
+    SourceUnusable,
+    StorageCollision,
+    StorageMismatch,
+    StorageNotPrepared,
+    UnknownKind,
+    UnusableFile,
+)
+
+EXIT_CRASH, EXIT_USAGE = 1, 2
+USAGE_ERRORS = (
+    *(ConfigurationError, SelectionError, DatabaseNotConfigured, InvalidNamespace, StorageNotPrepared, RunNotFound),
+    *(SourceNotRegistered, SourceUnusable, SourceConflict, UnusableFile, CalendarNotFound, EmptySchedule),
+    *(StorageMismatch, StorageCollision, UnknownKind, CyclicPlan),
+)
 
 
 class Output(StrEnum):
@@ -33,7 +54,6 @@ out = Console()
 err = Console(stderr=True)
 if not out.is_terminal:
     out.width = FILE_WIDTH
-LOG_EVERY_SECONDS = 10.0
 
 
 def configure_logging(verbose: bool) -> None:
@@ -72,41 +92,10 @@ def emit_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]
     out.print(table)
 
 
-class Watcher:
-    """Follows a run: a bar on a terminal, a line now and then elsewhere."""
-
-    def __init__(self, progress: Progress | None) -> None:
-        self._progress = progress
-        self._task = progress.add_task("planning", total=None) if progress else None
-        self._seen: Counter[str] = Counter()
-        self._rows, self._spoke = 0, time.monotonic()
-
-    def __call__(self, plan: Plan, results: Sequence[NodeResult]) -> None:
-        self._seen.update(r.status for r in results)
-        self._rows += sum(r.rows for r in results)
-        total = len(plan.work()) + len(plan.settled())
-        done = sum(self._seen.values())
-        bad = self._seen["failed"] + self._seen["skipped"]
-        text = f"{self._rows:,} rows" + (f", [red]{bad} failed[/red]" if bad else "")
-        if self._progress and self._task is not None:
-            self._progress.update(self._task, description=text, total=total, completed=min(done, total))
-        elif time.monotonic() - self._spoke > LOG_EVERY_SECONDS:
-            self._spoke = time.monotonic()
-            err.print(f"{done} of {total} nodes, {self._rows:,} rows, {bad} failed", highlight=False)
-
-
-@contextmanager
-def watching() -> Iterator[Watcher]:
-    if not err.is_terminal:
-        yield Watcher(None)
-        return
-    columns = (
-        SpinnerColumn(),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.description}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=err, transient=True) as progress:
-        yield Watcher(progress)
+def tell_error(error: MsmError, as_json: bool = False) -> int:
+    """One clear sentence on stderr, and an object on stdout where asked for; returns the exit code."""
+    facts = failure_facts(error)
+    if as_json:
+        emit_json({"error": facts})
+    err.print(f"[red]error:[/red] {escape(facts['message'])}", highlight=False, markup=True, soft_wrap=True)
+    return EXIT_USAGE if isinstance(error, USAGE_ERRORS) else EXIT_CRASH

@@ -6,7 +6,7 @@ Nodes that a rival run holds are asked again at the end: landed by the rival to 
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import Any
@@ -18,7 +18,8 @@ from msm_core.configuration import PortfolioConfiguration
 from msm_core.data_nodes.base import NodeResult
 from msm_core.data_nodes.planning import new_scopes, read_world
 from msm_core.database import exported_snapshot, transaction
-from msm_core.storage import ensure_progress, verify_prepared
+from msm_core.models import PortfoliosStorage
+from msm_core.storage import Scope, ensure_progress, read_progress, verify_prepared
 from msm_ray import ledger
 from msm_ray.executors import Errand, Executor
 from msm_ray.flight import Flight
@@ -32,12 +33,16 @@ BUSY_PAUSE_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class RunReport:
-    """What a run did; `results` holds one entry per node, portfolios and signals."""
+    """What a run did; `results` holds one entry per node, portfolios and signals.
+
+    oldest_watermark  where the most stale of the run's portfolios stands, failed ones too; None = none of them has a value
+    """
 
     run_uid: uuid.UUID
     as_of: datetime
     results: tuple[NodeResult, ...]
     seconds: float
+    oldest_watermark: datetime | None = None
 
     def counts(self, kind: str = "portfolio") -> dict[str, int]:
         found = Counter(r.status for r in self.results if r.kind == kind)
@@ -69,6 +74,7 @@ class RunReport:
             "signals": self.counts("signal"),
             "rows_written": self.rows_written,
             "seconds": round(self.seconds, 3),
+            "oldest_watermark": self.oldest_watermark and self.oldest_watermark.isoformat(),
         }
 
     def failures(self) -> list[NodeResult]:
@@ -96,7 +102,17 @@ class Options:
     arguments: dict[str, Any] = field(default_factory=dict)
 
 
-OnProgress = Callable[[Plan, Sequence[NodeResult]], None]
+class Observer:
+    """Follows a run, in the driver's thread. It does nothing by itself; what an override raises ends the run."""
+
+    def planned(self, run_uid: uuid.UUID, plan: Plan) -> None:
+        """What is to be done. Told again, with what is left, when nodes that a rival run held are asked once more."""
+
+    def landed(self, results: Sequence[NodeResult]) -> None:
+        """Nodes that came to an end together: a batch, what its failures skip, or what needed no work."""
+
+    def finished(self, report: RunReport) -> None:
+        """The run is over and its ledger is written. A run that crashes is not finished."""
 
 
 def run_fleet(
@@ -105,13 +121,26 @@ def run_fleet(
     executor: Executor,
     as_of: datetime,
     options: Options | None = None,
-    on_progress: OnProgress = lambda plan, results: None,
+    observer: Observer | None = None,
 ) -> RunReport:
     """Bring `configurations` up to `as_of`, under one snapshot of all outside inputs, and write the ledger.
 
     Raises StorageNotPrepared before anything is written. Whatever ends it, the run's row says so.
     """
-    options = options or Options()
+    observer = observer or Observer()
+    report = _run_recorded(engine, configurations, executor, as_of, options or Options(), observer)
+    observer.finished(report)
+    return report
+
+
+def _run_recorded(
+    engine: Engine,
+    configurations: Sequence[PortfolioConfiguration],
+    executor: Executor,
+    as_of: datetime,
+    options: Options,
+    observer: Observer,
+) -> RunReport:
     started = time.perf_counter()
     with engine.connect() as connection:
         verify_prepared(connection)
@@ -120,9 +149,10 @@ def run_fleet(
     status, report = "cancelled", None
     try:
         with exported_snapshot(engine) as snapshot:
-            run = _Run(engine, executor, run_uid, as_of, snapshot, options, on_progress)
+            run = _Run(engine, executor, run_uid, as_of, snapshot, options, observer)
             results = run.bring_up_to_date(configurations, failed_before)
-        report = RunReport(run_uid, as_of, tuple(results), time.perf_counter() - started)
+        oldest = _oldest_watermark(engine, results)
+        report = RunReport(run_uid, as_of, tuple(results), time.perf_counter() - started, oldest)
         status = report.status
         return report
     except Exception:
@@ -130,6 +160,13 @@ def run_fleet(
         raise
     finally:
         ledger.finish_run(engine, run_uid, status, report.summary() if report else {})
+
+
+def _oldest_watermark(engine: Engine, results: Sequence[NodeResult]) -> datetime | None:
+    """From the progress rows: the result of a portfolio that failed does not tell where it stands."""
+    uids = [Scope(PortfoliosStorage, r.identifier).uid for r in results if r.kind == "portfolio"]
+    with transaction(engine, read_only=True) as connection:
+        return min((p.watermark for p in read_progress(connection, uids).values() if p.watermark), default=None)
 
 
 @dataclass
@@ -142,7 +179,7 @@ class _Run:
     as_of: datetime
     snapshot: str
     options: Options
-    on_progress: OnProgress
+    observer: Observer
 
     def bring_up_to_date(self, configurations: Sequence[PortfolioConfiguration], failed_before: Collection[str]) -> list[NodeResult]:
         """Run a plan; then again for nodes that a rival held, until they are done or patience ends."""
@@ -182,13 +219,14 @@ class _Run:
 
     def execute(self, plan: Plan, landed: Collection[Key] = ()) -> list[NodeResult]:
         """Results of the plan's nodes. One that has `landed` in this run, and is asked again beside a busy one, has still landed."""
+        self.observer.planned(self.run_uid, plan)
         reasons = plan.reasons()
         results: list[NodeResult] = []
 
         def note(found: Sequence[NodeResult]) -> None:
             news = [r for r in found if r.status != "up_to_date" or (r.kind, r.identifier) not in landed]
             results.extend(news)
-            self._publish(plan, news, reasons)
+            self._publish(news, reasons)
 
         note(plan.settled())
         errand = Errand(self.as_of, self.run_uid, self.snapshot)
@@ -196,6 +234,6 @@ class _Run:
             note(batch)
         return results
 
-    def _publish(self, plan: Plan, results: Sequence[NodeResult], reasons: dict[Key, str]) -> None:
+    def _publish(self, results: Sequence[NodeResult], reasons: dict[Key, str]) -> None:
         ledger.record(self.engine, self.run_uid, results, reasons)
-        self.on_progress(plan, results)
+        self.observer.landed(results)

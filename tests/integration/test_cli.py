@@ -1,6 +1,7 @@
 """The command line as a user meets it, against a real database: exit codes, JSON, quarantine, retry."""
 
 import json
+import runpy
 import sys
 from collections.abc import Callable
 from datetime import date
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import structlog
 from sqlalchemy import Engine, text
 
 import msm_core
@@ -18,6 +20,7 @@ from msm_core.data_nodes.prices import publish_prices
 from msm_core.embedded import EmbeddedPostgres
 from msm_core.models import ExternalPricesStorage
 from msm_ray import cli
+from msm_ray.executors import LocalExecutor
 
 ASSETS = [f"a{i}" for i in range(10)]
 SESSIONS = 60
@@ -39,11 +42,12 @@ Cli = Callable[..., tuple[int, Any]]
 
 @pytest.fixture
 def run_cli(engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Cli:
-    """Runs `msm-ray ... --output json`, in this process; returns the exit code and the parsed stdout."""
+    """Runs `msm-ray ...`, in this process; returns the exit code and the parsed stdout, of ndjson a list. `--output json` unless given."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str) -> tuple[int, Any]:
-        monkeypatch.setattr(sys, "argv", ["msm-ray", *arguments, "--output", "json"])
+        told = arguments if "--output" in arguments else (*arguments, "--output", "json")
+        monkeypatch.setattr(sys, "argv", ["msm-ray", *told])
         capsys.readouterr()
         code = 0
         try:
@@ -51,6 +55,8 @@ def run_cli(engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         except SystemExit as stop:
             code = int(stop.code or 0)
         printed = capsys.readouterr().out
+        if told[-1] == "ndjson":
+            return code, [json.loads(line) for line in printed.splitlines()]
         return code, json.loads(printed) if printed else None
 
     return run
@@ -167,6 +173,79 @@ def test_verify_sees_every_kind_of_damage(run_cli: Cli, engine: Engine, tmp_path
         assert found.violations, damage
         assert found.checksum != clean["checksum"] or "data_node_update" in damage
     assert run_cli("verify")[1] == clean
+
+
+@pytest.mark.usefixtures("bars")
+def test_a_run_is_told_event_by_event_and_left_for_prometheus(
+    run_cli: Cli, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet = write_fleet(tmp_path / "fleet.yaml", [*good_entries(5), BAD_ENTRIES[1]])
+    path = tmp_path / "msm.prom"
+    local = ("--executor", "local", "--output", "ndjson")
+
+    code, events = run_cli("run", "-f", str(fleet), "--as-of", "2024-02-10", "--metrics-file", str(path), "--batch-size", "2", *local)
+
+    assert code == 3
+    assert [e["event"] for e in (events[0], events[-1])] == ["run_started", "run_finished"]
+    assert events[0]["nodes"]["portfolio"] == {"total": 6, "work": 5}
+    started, finished = events[0], events[-1]
+    assert (finished["run"], finished["status"], finished["landed"], finished["failed"]) == (started["run"], "partial", 5, 1)
+    batches = [e for e in events if e["event"] == "batch"]
+    assert sum(b["landed"] for b in batches if b["kind"] == "portfolio") == 5
+    assert sum(b["rows"] for b in batches) == finished["rows_written"]
+    nodes = [(e["kind"], e["identifier"], e["status"], e["reason"]) for e in events if e["event"] == "node"]
+    assert ("portfolio", "bad-asset", "failed", "unknown_assets") in nodes
+    assert events == sorted(events, key=lambda e: e["time"])
+    metrics = path.read_text()
+    assert 'msm_run_status{status="partial"} 1.0' in metrics
+    assert 'msm_run_nodes{kind="portfolio",status="failed"} 1.0' in metrics
+    # five land at the 24/7 close of 2024-02-11 00:00Z, which is the as-of; the sixth has no value at all
+    assert "msm_run_oldest_watermark_lag_seconds 0.0" in metrics
+    assert finished["oldest_watermark"] == "2024-02-11T00:00:00+00:00"
+
+    # three nights later nothing of a0 has come: who holds it stays behind, by three days
+    Asset.upsert(unique_identifier="nowhere")
+    with engine.begin() as connection:
+        connection.execute(text(f"DELETE FROM {PRICES} WHERE asset_identifier = 'a0' AND time_index > '2024-02-11'"))
+    monkeypatch.setenv("MSM_METRICS_FILE", str(path))
+    code, events = run_cli("run", "--as-of", "2024-02-13", *local)
+    assert f"msm_run_oldest_watermark_lag_seconds {3 * 86400.0}" in path.read_text()
+
+    code, events = run_cli("run", "--as-of", "soon", *local)
+    assert (code, [e["event"] for e in events]) == (2, ["error"])
+    assert events[0]["reason"] == "configuration_error"
+    assert 'msm_run_status{status="failed"} 1.0' in path.read_text()
+
+
+def test_events_are_for_the_verbs_that_have_some(run_cli: Cli) -> None:
+    assert run_cli("retry", "--output", "ndjson")[1][0]["status"] == "nothing to retry"
+    assert run_cli("status", "--output", "ndjson")[0] == 2
+
+
+def test_the_job_prints_what_the_command_does(
+    run_cli: Cli, bars: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = runpy.run_path(str(Path(__file__).parents[2] / "jobs" / "run_fleet.py"))
+    monkeypatch.setitem(job["run"].__globals__, "make_executor", lambda *arguments: LocalExecutor())
+
+    def submit(*arguments: str) -> tuple[int, list[Any]]:
+        monkeypatch.setattr(sys, "argv", ["run_fleet.py", *arguments])
+        structlog.reset_defaults()
+        capsys.readouterr()
+        code = job["main"]()
+        assert structlog.is_configured()  # else a warning would stand among the events: by default it goes to stdout
+        return code, capsys.readouterr().out.splitlines()
+
+    run_cli("prepare", "-f", str(write_fleet(tmp_path / "fleet.yaml", good_entries(2))))
+    code, lines = submit("--as-of", "2024-02-10", "--metrics-file", str(tmp_path / "msm.prom"))
+    assert (code, len(lines), json.loads(lines[0])["landed"], json.loads(lines[0])["failures"]) == (0, 1, 2, [])
+    assert 'msm_run_status{status="landed"} 1.0' in (tmp_path / "msm.prom").read_text()
+    code, lines = submit("--as-of", "2024-02-10", "--output", "ndjson")
+    assert (code, json.loads(lines[-1])["up_to_date"]) == (0, 2)
+    code, lines = submit("--as-of", "soon", "--output", "ndjson")
+    assert (code, [json.loads(line)["event"] for line in lines]) == (2, ["error"])
+    code, lines = submit("--as-of", "soon")
+    assert (code, json.loads("".join(lines))["error"]["reason"]) == (2, "configuration_error")
 
 
 @pytest.mark.parametrize(

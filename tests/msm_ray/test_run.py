@@ -17,8 +17,7 @@ from msm_core import database
 from msm_core.configuration import PortfolioConfiguration
 from msm_core.data_nodes.base import NodeResult
 from msm_core.errors import RunNotFound, StaleCode, StorageNotPrepared, WorkerLost
-from msm_ray import executors, ledger
-from msm_ray import flight
+from msm_ray import executors, flight, ledger
 from msm_ray import run as driver
 from msm_ray.executors import Errand, LocalExecutor, Outcome, encode_batch, run_batch
 from msm_ray.run import RunReport
@@ -456,9 +455,12 @@ def test_the_ledger_tells_what_happened_to_every_node(engine, fleet):
 
 def test_progress_is_told_as_it_is_made(engine, fleet):
     told: list[NodeResult] = []
-    report = driver.run_fleet(
-        engine, fleet, FakeExecutor(seed=3), instant(NIGHT), driver.Options(batch_size=2), lambda plan, results: told.extend(results)
-    )
+
+    class Listener(driver.Observer):
+        def landed(self, results) -> None:
+            told.extend(results)
+
+    report = driver.run_fleet(engine, fleet, FakeExecutor(seed=3), instant(NIGHT), driver.Options(batch_size=2), Listener())
     assert sorted((r.kind, r.identifier) for r in told) == sorted((r.kind, r.identifier) for r in report.results)
     seconds = [r.seconds for r in report.results]
     assert min(seconds) > 0
