@@ -4,12 +4,14 @@ import argparse
 import json
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+import psutil
 import psycopg
 from sqlalchemy import Engine
 
@@ -77,6 +79,26 @@ def starting(configurations: list[PortfolioConfiguration], start: date) -> list[
     """The same portfolios, beginning at `start`."""
     builds = [c.portfolio_build_configuration.model_copy(update={"start_date": start}) for c in configurations]
     return [c.model_copy(update={"portfolio_build_configuration": b}) for c, b in zip(configurations, builds, strict=True)]
+
+
+@contextmanager
+def peak_worker_mib() -> Iterator[Callable[[], float]]:
+    """The most memory (MiB, resident) that any Ray worker below this process had since the context began, seen ten times a second."""
+    most, over = [0], threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.1):
+            for process in psutil.process_iter(["name", "memory_info"]):
+                if (process.info["name"] or "").startswith("ray::") and process.info["memory_info"]:
+                    most[0] = max(most[0], process.info["memory_info"].rss)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield lambda: most[0] / 2**20
+    finally:
+        over.set()
+        thread.join()
 
 
 @contextmanager

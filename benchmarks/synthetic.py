@@ -20,6 +20,8 @@ SESSIONS = 2_500
 ASSETS = 500
 HELD = 50  # assets of a portfolio
 SEED = 20261122
+STYLES: tuple[RebalanceOn, ...] = ("every_session", "month_end")
+FOREVER = datetime(2100, 1, 1, tzinfo=UTC)
 
 
 def load(engine: Engine, sessions: int = SESSIONS, assets: int = ASSETS) -> list[datetime]:
@@ -55,13 +57,14 @@ def through(close: datetime) -> datetime:
     return close + timedelta(hours=1)
 
 
-def fleet(count: int, rebalance_on: RebalanceOn, prefix: str = "p", start: date | None = FIRST, held: int = HELD) -> list[PortfolioConfiguration]:
-    """Portfolios with weights of their own over `held` of the assets."""
-    return [_portfolio(i, f"{prefix}{i:05d}", rebalance_on, start, held) for i in range(count)]
+def fleet(
+    count: int, rebalance_on: RebalanceOn, prefix: str = "p", start: date = FIRST, held: int = HELD, seed: int = 0
+) -> list[PortfolioConfiguration]:
+    """Portfolios with weights of their own over `held` of the assets; other ones for another seed."""
+    return [_portfolio(np.random.default_rng([SEED, seed, i]), f"{prefix}{i:05d}", rebalance_on, start, held) for i in range(count)]
 
 
-def _portfolio(i: int, identifier: str, rebalance_on: RebalanceOn, start: date | None, held: int) -> PortfolioConfiguration:
-    random = np.random.default_rng([SEED, i])
+def _portfolio(random: np.random.Generator, identifier: str, rebalance_on: RebalanceOn, start: date, held: int) -> PortfolioConfiguration:
     chosen, weights = random.choice(ASSETS, held, replace=False), random.dirichlet(np.ones(held))
     signal = FixedWeights.from_signal_configuration(weights={name(a): float(w) for a, w in zip(chosen, weights, strict=True)})
     return PortfolioConfiguration.model_validate(

@@ -1,0 +1,145 @@
+"""How fast this machine's Postgres takes the rows of a run when nothing is computed: the limit that a job is measured against.
+
+python benchmarks/limit.py [--quick]
+
+The very rows that a fleet's run stored, encoded beforehand, are copied into equal empty tables by as many processes as the run had
+workers, a transaction per piece as long as the run's own; and the prices that the run needed are read once.
+"""
+
+import multiprocessing
+import multiprocessing.synchronize
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import synthetic
+from common import emit, options, register, server
+from psycopg import sql
+from sqlalchemy import Engine
+
+from msm_core.configuration import PortfolioConfiguration
+from msm_core.copying import driver_connection
+from msm_core.database import get_engine, transaction
+from msm_core.models import PortfoliosStorage, PortfolioWeightsStorage, SignalWeightsStorage
+from msm_core.sources import find_sources, read_prices
+from msm_ray.executors import LocalExecutor
+from msm_ray.run import run_fleet
+
+STORAGES = (SignalWeightsStorage, PortfolioWeightsStorage, PortfoliosStorage)
+PIECE_ROWS = 1_500_000  # of a process, held in memory as bytes
+
+
+class Limit(NamedTuple):
+    rows: int
+    copy_seconds: float
+    read_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        return self.copy_seconds + self.read_seconds
+
+
+def measured(engine: Engine, fleet: Sequence[PortfolioConfiguration], processes: int) -> Limit:
+    """The limit of what is stored of `fleet`. The tables of it are made for it, and dropped."""
+    with engine.begin() as connection:
+        for storage in STORAGES:
+            table = storage.__tablename__
+            connection.exec_driver_sql(f"DROP TABLE IF EXISTS limit_{table}")
+            connection.exec_driver_sql(f"CREATE TABLE limit_{table} (LIKE {table} INCLUDING ALL)")
+        weights = connection.exec_driver_sql(
+            f"SELECT count(*) FROM {PortfolioWeightsStorage.__tablename__} WHERE portfolio_identifier = ANY(%s)",
+            ([c.identifier for c in fleet],),
+        ).scalar_one()
+    pieces = max(round(weights / PIECE_ROWS / processes), 1) * processes
+    parts = [fleet[len(fleet) * i // pieces : len(fleet) * (i + 1) // pieces] for i in range(pieces)]
+    scopes = [([c.signal_uid for c in part], [c.identifier for c in part]) for part in parts]
+    context = multiprocessing.get_context("spawn")
+    barrier, results = context.Barrier(processes), context.SimpleQueue()
+    workers = [context.Process(target=_copy, args=(scopes[i::processes], barrier, results)) for i in range(processes)]
+    for worker in workers:
+        worker.start()
+    found = [results.get() for _ in workers]
+    for worker in workers:
+        worker.join()
+    with engine.begin() as connection:
+        for storage in STORAGES:
+            connection.exec_driver_sql(f"DROP TABLE limit_{storage.__tablename__}")
+    return Limit(sum(rows for rows, _ in found), max(seconds for _, seconds in found), _read_seconds(engine, fleet))
+
+
+def _copy(scopes: Sequence[tuple[list[str], list[str]]], barrier: multiprocessing.synchronize.Barrier, results: Any) -> None:
+    """Of each piece: fetch its rows as COPY's own bytes, wait for the others, send them; only the sending counts."""
+    engine, rows, seconds = get_engine(), 0, 0.0
+    for signals, portfolios in scopes:
+        given = {storage: _encoded(engine, storage, signals if storage is SignalWeightsStorage else portfolios) for storage in STORAGES}
+        barrier.wait()
+        started = time.perf_counter()
+        with transaction(engine) as connection:
+            for storage, encoded in given.items():
+                statement = sql.SQL("COPY {} FROM STDIN (FORMAT BINARY)").format(sql.Identifier(f"limit_{storage.__tablename__}"))
+                with driver_connection(connection).cursor() as cursor:
+                    with cursor.copy(statement) as copy:
+                        for chunk in encoded:
+                            copy.write(chunk)
+                    rows += cursor.rowcount
+        barrier.wait()
+        seconds += time.perf_counter() - started
+    results.put((rows, seconds))
+
+
+def _encoded(engine: Engine, storage: Any, scopes: list[str]) -> list[bytes]:
+    statement = sql.SQL("COPY (SELECT * FROM {0} WHERE {1} = ANY({2}) ORDER BY {3}) TO STDOUT (FORMAT BINARY)").format(
+        sql.Identifier(storage.__tablename__),
+        sql.Identifier(storage.__scope__),
+        sql.Literal(scopes),
+        sql.SQL(", ").join(map(sql.Identifier, storage.key_columns())),
+    )
+    with transaction(engine, read_only=True) as connection, driver_connection(connection).cursor() as cursor:
+        with cursor.copy(statement) as copy:
+            return _chunked(copy)
+
+
+def _chunked(rows: Any, size: int = 1 << 20) -> list[bytes]:
+    chunks, waiting, length = [], [], 0
+    for row in rows:
+        waiting.append(bytes(row))
+        length += len(row)
+        if length >= size:
+            chunks.append(b"".join(waiting))
+            waiting, length = [], 0
+    return [*chunks, b"".join(waiting)]
+
+
+def _read_seconds(engine: Engine, fleet: Sequence[PortfolioConfiguration]) -> float:
+    assets = sorted({a for c in fleet for a in c.signal.universe})
+    with transaction(engine, read_only=True) as connection:
+        (source,) = find_sources(connection, ["ExternalPricesTS"])
+        started = time.perf_counter()
+        read_prices(connection, source, "close", assets, None, synthetic.FOREVER)
+        return time.perf_counter() - started
+
+
+def main() -> None:
+    portfolios = 16 if options(__doc__).quick else 64
+    with server() as fresh:
+        engine = fresh(with_demo=False)
+        closes = synthetic.load(engine)
+        found = {}
+        for style in synthetic.STYLES:
+            fleet = synthetic.fleet(portfolios, style, prefix=style)
+            register(engine, fleet)
+            run_fleet(engine, fleet, LocalExecutor(), synthetic.through(closes[-2]))
+            found[style] = measured(engine, fleet, processes=2)
+            print(f"{style}: {found[style]}", file=sys.stderr)
+    emit(
+        {
+            "rows": {style: limit.rows for style, limit in found.items()},
+            "seconds": {style: round(limit.seconds, 3) for style, limit in found.items()},
+            "rows_per_second": {style: round(limit.rows / limit.copy_seconds) for style, limit in found.items()},
+        }
+    )
+
+
+if __name__ == "__main__":
+    main()

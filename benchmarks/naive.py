@@ -1,0 +1,131 @@
+"""What a user would write: a Ray task per portfolio, pandas, `to_sql`. Seconds per portfolio, everything included.
+
+python benchmarks/naive.py [--quick]
+
+Each task reads the bars of its assets, computes weights and values of all sessions in pandas, and writes both frames; drifting weights
+are a frame of all sessions, whenever they are rebalanced. `events` is a more careful user, who keeps only the weights of rebalances. The
+values are those that msm-ray stores, to 1e-12: the comparison is of equals.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import synthetic
+from common import emit, options, register, server
+from sqlalchemy import Engine, create_engine, text
+
+from msm_core.configuration import PortfolioConfiguration
+from msm_core.models import ExternalPricesStorage, PortfoliosStorage
+from msm_ray.executors import LocalExecutor, RayExecutor
+from msm_ray.run import run_fleet
+
+FEE = 0.00018
+AGREE = 1e-12
+
+
+def update(url: str, identifier: str, weights: dict[str, float], month_end: bool, through: pd.Timestamp, events_only: bool) -> int:
+    """One portfolio, from scratch; returns the rows written."""
+    engine = create_engine(url)
+    query = text(
+        f"SELECT time_index, asset_identifier, close, volume FROM {ExternalPricesStorage.__tablename__} "
+        "WHERE asset_identifier = ANY(:assets) AND time_index <= :through"
+    )
+    bars = pd.read_sql(query, engine, params={"assets": list(weights), "through": through})
+    closes = bars.pivot(index="time_index", columns="asset_identifier", values="close").sort_index()
+    target = pd.Series(weights).reindex(closes.columns)
+    months = closes.index.tz_localize(None).to_period("M")
+    is_event = np.append(months[1:] != months[:-1], False) if month_end else np.ones(len(closes), bool)
+    values, after_at, before_at, value, held = {}, {}, {}, 1.0, None
+    previous = closes.iloc[0]
+    for (time_index, prices), event in zip(closes.iterrows(), is_event, strict=True):
+        if held is not None:
+            grown = held * (prices / previous)
+            value, before = value * grown.sum(), grown / grown.sum()
+        else:
+            before = target * 0.0
+        after = target if event else before
+        if event:
+            value *= 1.0 - FEE * (after - before).abs().sum()
+        if event or held is not None:
+            held, values[time_index] = after, value
+            if event or not events_only:
+                after_at[time_index], before_at[time_index] = after, before
+        previous = prices
+    after, before = pd.DataFrame(after_at).T, pd.DataFrame(before_at).T
+    blocks = {"weight": after, "weight_before": before, "price": closes.loc[after.index]}
+    rows = pd.DataFrame({name: block.stack() for name, block in blocks.items()}).rename_axis(["time_index", "asset_identifier"])
+    rows = rows.reset_index().assign(portfolio=identifier)
+    series = pd.Series(values, name="close").rename_axis("time_index").reset_index().assign(portfolio=identifier)
+    rows.to_sql("naive_weights", engine, if_exists="append", index=False)
+    series.to_sql("naive_values", engine, if_exists="append", index=False)
+    engine.dispose()
+    return len(rows) + len(series)
+
+
+def seconds_per_portfolio(
+    ray: Any, engine: Engine, fleet: Sequence[PortfolioConfiguration], style: str, through: pd.Timestamp, events_only: bool = False
+) -> float:
+    """Wall-clock seconds of all tasks on the running Ray, over their number; the tables have a primary key, as ours do."""
+    with engine.begin() as connection:
+        connection.exec_driver_sql("DROP TABLE IF EXISTS naive_weights, naive_values")
+        connection.exec_driver_sql(
+            "CREATE TABLE naive_weights (portfolio text, time_index timestamptz, asset_identifier text, weight float8, "
+            "weight_before float8, price float8, PRIMARY KEY (portfolio, time_index, asset_identifier))"
+        )
+        connection.exec_driver_sql(
+            "CREATE TABLE naive_values (portfolio text, time_index timestamptz, close float8, PRIMARY KEY (portfolio, time_index))"
+        )
+    url = engine.url.render_as_string(hide_password=False)
+    task = ray.remote(update)
+    started = time.perf_counter()
+    ray.get([task.remote(url, c.identifier, _weights(c), style == "month_end", through, events_only) for c in fleet])
+    return (time.perf_counter() - started) / len(fleet)
+
+
+def differences(engine: Engine) -> float:
+    """The greatest relative difference of values from those that msm-ray stores."""
+    with engine.connect() as connection:
+        found = connection.exec_driver_sql(
+            f"SELECT count(*), max(abs(n.close / v.close - 1)) FROM naive_values n FULL JOIN {PortfoliosStorage.__tablename__} v "
+            "ON v.portfolio_identifier = n.portfolio AND v.time_index = n.time_index "
+            "WHERE n.close IS NOT NULL OR v.portfolio_identifier IN (SELECT portfolio FROM naive_values)"
+        ).one()
+    return float(found[1])
+
+
+def _weights(configuration: PortfolioConfiguration) -> dict[str, float]:
+    dumped = configuration.signal.model_dump()["asset_unique_identifier_weights"]
+    return {pair["unique_identifier"]: pair["weight"] for pair in dumped}
+
+
+def main() -> None:
+    portfolios = 2 if options(__doc__).quick else 8
+    with server() as fresh:
+        engine = fresh(with_demo=False)
+        closes = synthetic.load(engine)
+        executor = RayExecutor()
+        assert executor.slots
+        found: dict[str, dict[str, float]] = {}
+        try:
+            for style in synthetic.STYLES:
+                fleet = synthetic.fleet(portfolios, style, prefix=style)
+                register(engine, fleet)
+                as_of = synthetic.through(closes[-2])
+                run_fleet(engine, fleet, LocalExecutor(), as_of)
+                careful = seconds_per_portfolio(executor._ray, engine, fleet, style, pd.Timestamp(as_of), events_only=True)
+                usual = seconds_per_portfolio(executor._ray, engine, fleet, style, pd.Timestamp(as_of))
+                assert differences(engine) < AGREE
+                found[style] = {"seconds": round(usual, 3), "events": round(careful, 3)}
+                print(f"{style}: {found[style]} s per portfolio", file=sys.stderr)
+        finally:
+            executor.close()
+    emit({"portfolios": portfolios, "processes": os.cpu_count(), "seconds_per_portfolio": found})
+
+
+if __name__ == "__main__":
+    main()
