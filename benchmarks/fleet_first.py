@@ -15,7 +15,6 @@ from typing import Any
 
 import limit
 import naive
-import pandas as pd
 import synthetic
 from common import emit, options, peak_worker_mib, register, server
 
@@ -53,7 +52,7 @@ def main() -> None:
                         assert report.counts()["landed"] == len(fleet), report.failures()[:3]
                         rows += report.rows_written
                         least = limit.measured(engine, fleet, executor.slots)
-                        assert least.rows == report.rows_written
+                        assert least.rows == report.rows_written, (least.rows, report.rows_written)
                         efficiency.append(least.seconds / seconds[-1])
                         print(
                             f"{style} round {round_}: {len(fleet)} portfolios, {report.rows_written:,} rows in {seconds[-1]:.1f} s; limit "
@@ -63,7 +62,7 @@ def main() -> None:
                 each = statistics.median(seconds) / portfolios[style]
                 some = synthetic.fleet(2 if quick else NAIVE_PORTFOLIOS, style, prefix=f"{style}-0-")
                 theirs = {
-                    name: naive.seconds_per_portfolio(executor._ray, engine, some, style, pd.Timestamp(as_of), events_only=events_only)
+                    name: naive.seconds_per_portfolio(executor._ray, engine, some, style, as_of, events_only=events_only)
                     for name, events_only in (("events", True), ("usual", False))
                 }
                 found[style] = {

@@ -95,9 +95,8 @@ def _encoded(engine: Engine, storage: Any, scopes: list[str]) -> list[bytes]:
         sql.Literal(scopes),
         sql.SQL(", ").join(map(sql.Identifier, storage.key_columns())),
     )
-    with transaction(engine, read_only=True) as connection, driver_connection(connection).cursor() as cursor:
-        with cursor.copy(statement) as copy:
-            return _chunked(copy)
+    with transaction(engine, read_only=True) as connection, driver_connection(connection).cursor().copy(statement) as copy:
+        return _chunked(copy)
 
 
 def _chunked(rows: Any, size: int = 1 << 20) -> list[bytes]:

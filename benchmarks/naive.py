@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ FEE = 0.00018
 AGREE = 1e-12
 
 
-def update(url: str, identifier: str, weights: dict[str, float], month_end: bool, through: pd.Timestamp, events_only: bool) -> int:
+def update(url: str, identifier: str, weights: dict[str, float], month_end: bool, through: datetime, events_only: bool) -> int:
     """One portfolio, from scratch; returns the rows written."""
     engine = create_engine(url)
     query = text(
@@ -38,7 +39,7 @@ def update(url: str, identifier: str, weights: dict[str, float], month_end: bool
     bars = pd.read_sql(query, engine, params={"assets": list(weights), "through": through})
     closes = bars.pivot(index="time_index", columns="asset_identifier", values="close").sort_index()
     target = pd.Series(weights).reindex(closes.columns)
-    months = closes.index.tz_localize(None).to_period("M")
+    months = pd.DatetimeIndex(closes.index).tz_localize(None).to_period("M")
     is_event = np.append(months[1:] != months[:-1], False) if month_end else np.ones(len(closes), bool)
     values, after_at, before_at, value, held = {}, {}, {}, 1.0, None
     previous = closes.iloc[0]
@@ -68,7 +69,7 @@ def update(url: str, identifier: str, weights: dict[str, float], month_end: bool
 
 
 def seconds_per_portfolio(
-    ray: Any, engine: Engine, fleet: Sequence[PortfolioConfiguration], style: str, through: pd.Timestamp, events_only: bool = False
+    ray: Any, engine: Engine, fleet: Sequence[PortfolioConfiguration], style: str, through: datetime, events_only: bool = False
 ) -> float:
     """Wall-clock seconds of all tasks on the running Ray, over their number; the tables have a primary key, as ours do."""
     with engine.begin() as connection:
@@ -117,8 +118,8 @@ def main() -> None:
                 register(engine, fleet)
                 as_of = synthetic.through(closes[-2])
                 run_fleet(engine, fleet, LocalExecutor(), as_of)
-                careful = seconds_per_portfolio(executor._ray, engine, fleet, style, pd.Timestamp(as_of), events_only=True)
-                usual = seconds_per_portfolio(executor._ray, engine, fleet, style, pd.Timestamp(as_of))
+                careful = seconds_per_portfolio(executor._ray, engine, fleet, style, as_of, events_only=True)
+                usual = seconds_per_portfolio(executor._ray, engine, fleet, style, as_of)
                 assert differences(engine) < AGREE
                 found[style] = {"seconds": round(usual, 3), "events": round(careful, 3)}
                 print(f"{style}: {found[style]} s per portfolio", file=sys.stderr)

@@ -30,7 +30,7 @@ def load(engine: Engine, sessions: int = SESSIONS, assets: int = ASSETS) -> list
     calendar = Calendar.create_from_pandas_calendar("NYSE", CALENDAR, "New York Stock Exchange", FIRST, LAST)
     names = [name(i) for i in range(assets)]
     Asset.upsert_many([{"unique_identifier": n, "asset_type": "equity", "calendar_uid": calendar.uid} for n in names])
-    closes = sorted(s.closes_at for s in CalendarSession.filter(calendar_uid=calendar.uid))[: sessions + 1]
+    closes = sorted(s.closes_at for s in CalendarSession.filter(calendar_uid=calendar.uid) if s.closes_at)[: sessions + 1]
     times = np.array([c.astimezone(UTC).replace(tzinfo=None) for c in closes], "datetime64[us]")
     random = np.random.default_rng(SEED)
     for n in names:

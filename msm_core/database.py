@@ -109,7 +109,7 @@ def _engine(url: str) -> Engine:
     return create_engine(
         url,
         pool_size=1,
-        max_overflow=4,  # the driver holds its snapshot and its lock beside the working connection
+        max_overflow=4,  # of the driver, for moments
         pool_pre_ping=True,
         hide_parameters=True,
         connect_args={"prepare_threshold": None, "connect_timeout": 10, "application_name": "msm"},
@@ -125,13 +125,6 @@ def check_server(engine: Engine) -> None:
         raise DatabaseUnavailable(where=where(engine.url), why=redact(str(error.orig).strip().splitlines()[0])) from None
     if int(version) // 10000 < POSTGRES_VERSION_MIN:
         raise UnsupportedDatabase(found=f"Postgres {int(version) // 10000}", needed=POSTGRES_VERSION_MIN)
-
-
-class TooFewConnections(MsmError):
-    message = (
-        "the database at {where} grants {left} more connections, and a run needs {needed}: one for a worker beside those of the driver. "
-        "Close other clients, raise max_connections (or the limit of the role or the database), or connect through pgbouncer."
-    )
 
 
 def connections_left(engine: Engine) -> int | None:
@@ -189,6 +182,7 @@ def exported_snapshot(engine: Engine) -> Iterator[str]:
     Source: https://www.postgresql.org/docs/current/functions-admin.html#FUNCTIONS-SNAPSHOT-SYNCHRONIZATION
     """
     with transaction(engine, read_only=True) as connection:
+        connection.detach()  # it is busy for the length of a run: the pool's one connection is for the work
         connection.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")
         yield str(connection.exec_driver_sql("SELECT pg_export_snapshot()").scalar_one())
 

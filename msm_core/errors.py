@@ -332,6 +332,17 @@ class WorkerLost(MsmError):
     message = "the worker was lost: {why}. Run `msm-ray retry`; lower --batch-size if memory was the cause."
 
 
+class TooFewConnections(MsmError):
+    message = (
+        "the database at {where} grants {left} more connections, and a run needs {needed}: one for a worker beside those of the driver. "
+        "Close other clients, raise max_connections (or the limit of the role or the database), or connect through pgbouncer."
+    )
+
+
+class UnexpectedReply(MsmError):
+    message = "the worker answered for {answered} nodes, not exactly for the {asked} that it was asked for. This is a fault of a node kind."
+
+
 class StaleCode(MsmError):
     message = "the worker runs code version {worker}, the driver {driver}. Give every node the same installation."
 

@@ -1,7 +1,7 @@
 """Where batches run: in this process, or on Ray. Same payloads, same function, same bits; the only driver module that imports ray.
 
 A payload is JSON: validated configurations and small references, never objects, addresses or prices. A reply is a small summary.
-Each worker resolves the database itself and keeps one engine per process.
+Each worker resolves the database itself and keeps one engine per process. Never do more batches run than the database has connections for.
 """
 
 import functools
@@ -15,7 +15,9 @@ import urllib.request
 import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -27,8 +29,8 @@ from msm_core.data_nodes.interpolated_prices import InterpolatedAsset
 from msm_core.data_nodes.interpolation import PricesKind
 from msm_core.data_nodes.portfolios import PortfoliosDataNode
 from msm_core.data_nodes.signals import SignalKind, SignalWeights
-from msm_core.database import get_engine, redact
-from msm_core.errors import RayUnavailable, StaleCode, TaskTimedOut, WorkerLost
+from msm_core.database import connections_left, get_engine, redact, where
+from msm_core.errors import RayUnavailable, StaleCode, TaskTimedOut, TooFewConnections, WorkerLost
 from msm_core.plugins import code_version
 from msm_core.settings import Settings
 
@@ -42,6 +44,9 @@ KINDS: dict[str, tuple[NodeKind[Any], type[WorkNode]]] = {
     "portfolio": (PortfolioKind(), PortfoliosDataNode),
 }
 START_SECONDS_MAX = 90
+POLL_SECONDS = 5.0
+BATCHES_PER_PROCESS_MAX = 200  # then a fresh one takes over: libraries leak; a start costs seconds
+DRIVER_SPARE_CONNECTIONS = 1  # beside the snapshot's and the working one, which are there when the budget is asked for
 
 
 class Errand(NamedTuple):
@@ -65,8 +70,11 @@ def encode_batch(kind: str, nodes: Sequence[WorkNode], errand: Errand) -> str:
     )
 
 
-def run_batch(payload: str) -> list[NodeResult]:
-    """What a worker does with a payload. Raises StaleCode when driver and worker are different installations."""
+def run_batch(payload: str, keep_connection: bool = True) -> list[NodeResult]:
+    """What a worker does with a payload. Raises StaleCode when driver and worker are different installations.
+
+    Without `keep_connection` it leaves none open: idle processes, of which there can be more than batches, then hold nothing.
+    """
     given = json.loads(payload)
     if given["code_version"] != code_version():
         raise StaleCode(worker=code_version(), driver=given["code_version"])
@@ -78,7 +86,12 @@ def run_batch(payload: str) -> list[NodeResult]:
         run_uid=uuid.UUID(given["run_uid"]) if given["run_uid"] else None,
         snapshot=given["snapshot"],
     )
-    return update_batch(get_engine(), batch)
+    engine = get_engine()
+    try:
+        return update_batch(engine, batch)
+    finally:
+        if not keep_connection:
+            engine.dispose()
 
 
 Outcome = list[NodeResult] | Exception
@@ -116,85 +129,136 @@ class LocalExecutor:
         self._queue.clear()
 
 
+class Parallelism(NamedTuple):
+    """slots: batches that run at once; with_ray: batches that Ray holds, running or queued; keep_connections: between batches, too."""
+
+    slots: int
+    with_ray: int
+    keep_connections: bool
+
+
+def parallelism(cpus: int, connections: int | None) -> Parallelism:
+    """What `cpus` workers may do with so many connections for all of them; None = no limit.
+
+    Ray is told of no limit but its CPUs: it gets no more batches than there are connections, even if nodes join.
+    """
+    if connections is None:
+        return Parallelism(cpus, 2 * cpus, True)
+    with_ray = min(2 * cpus, connections)
+    return Parallelism(min(cpus, connections), with_ray, keep_connections=with_ray == 2 * cpus)
+
+
+@dataclass
+class _Task:
+    ticket: int
+    since: float | None = None  # monotonic seconds; None while no worker can have it
+
+
 class RayExecutor:
-    """Batches as Ray tasks, bounded in flight by the caller, collected in finish order.
+    """Batches as Ray tasks, collected in finish order; a batch that Ray must not have yet waits here.
 
     Inside a Ray job, or with RAY_ADDRESS set, it joins that cluster; otherwise it starts a local one, with token authentication on a
     token file of its own under MSM_HOME (mode 0600, path set explicitly: without the path, workers that start later cannot find it).
     """
 
     def __init__(self, task_seconds_max: float = 1800.0, workers: int | None = None) -> None:
-        self._started_here = not os.environ.get("RAY_ADDRESS")
+        self._is_local = not os.environ.get("RAY_ADDRESS")
         self._task_seconds_max, self._workers = task_seconds_max, workers
-        self._tasks: dict[Any, tuple[int, float]] = {}
+        self._waiting: deque[tuple[int, str]] = deque()
+        self._tasks: dict[Any, _Task] = {}  # oldest first
 
     @functools.cached_property
     def _ray(self) -> Any:
         """Ray, started at the first need: a night with nothing to do does not pay for it."""
-        if self._started_here:
-            _prepare_local_environment()
+        _prepare_environment(self._is_local)
         import ray  # after the environment is set: ray reads it on import
 
         self._starter = _Starter(lambda: self._connect(ray), START_SECONDS_MAX)
         return ray
 
     def _connect(self, ray: Any) -> None:
-        if not ray.is_initialized():
-            local: dict[str, Any] = {"include_dashboard": False, "num_cpus": self._workers} if self._started_here else {}
-            context = ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
-            if not self._started_here:
+        self._connected_here = not ray.is_initialized()
+        if self._connected_here:
+            # "local": without it, Ray joins whatever cluster was last started on this machine
+            local: dict[str, Any] = {"address": "local", "include_dashboard": False, "num_cpus": self._workers}
+            context = ray.init(log_to_driver=False, logging_level=logging.ERROR, **(local if self._is_local else {}))
+            if not self._is_local:
                 refuse_open_cluster(context.dashboard_url)
         ray.get(ray.remote(num_cpus=1)(_ping).remote(), timeout=START_SECONDS_MAX)  # a worker that cannot start must show here
 
     @functools.cached_property
     def _remote(self) -> Any:
         """The task. Crashes are retried; an error of its own is not, since it would come again."""
-        return self._ray.remote(num_cpus=1, max_retries=3)(run_batch)
+        return self._ray.remote(num_cpus=1, max_retries=3, max_calls=BATCHES_PER_PROCESS_MAX)(run_batch)
 
     @property
     def slots(self) -> int:
-        return self._slots
+        return self._parallelism.slots
 
     @functools.cached_property
-    def _slots(self) -> int:
-        return max(int(self._ray.cluster_resources().get("CPU", 1)), 1)
+    def _parallelism(self) -> Parallelism:
+        """Decided once, at the first batch. Raises TooFewConnections when there is none for a worker."""
+        cpus = max(int(self._ray.cluster_resources().get("CPU", 1)), 1)
+        engine = get_engine()
+        left = connections_left(engine)
+        if left is not None and left <= DRIVER_SPARE_CONNECTIONS:
+            raise TooFewConnections(where=where(engine.url), left=left, needed=DRIVER_SPARE_CONNECTIONS + 1)
+        found = parallelism(cpus, None if left is None else left - DRIVER_SPARE_CONNECTIONS)
+        if found.slots < cpus:
+            remedy = "raise max_connections (or the limit of the role or the database), use fewer workers, or connect through pgbouncer"
+            log.warning("the database has too few connections for all workers", cpus=cpus, used=found.slots, remedy=remedy)
+        return found
 
     def submit(self, ticket: int, payload: str) -> None:
-        name = f"update_{json.loads(payload)['kind'].removesuffix('s')}s"  # static, one per kind: the dashboard groups by it
-        self._tasks[self._remote.options(name=name).remote(payload)] = (ticket, time.monotonic())
+        self._waiting.append((ticket, payload))
+        self._hand_over()
+
+    def _hand_over(self) -> None:
+        """Give Ray what it may have, and start the clock of every batch that a worker can have: Ray serves them in order."""
+        _, with_ray, keep_connections = self._parallelism
+        while self._waiting and len(self._tasks) < with_ray:
+            ticket, payload = self._waiting.popleft()
+            name = f"update_{json.loads(payload)['kind'].removesuffix('s')}s"  # static, one per kind: the dashboard groups by it
+            self._tasks[self._remote.options(name=name).remote(payload, keep_connections)] = _Task(ticket)
+        for task in islice(self._tasks.values(), self.slots):
+            if task.since is None:
+                task.since = time.monotonic()
 
     def wait(self) -> tuple[int, Outcome]:
         while True:
-            done, _ = self._ray.wait(list(self._tasks), num_returns=1, timeout=5.0)
-            reference = done[0] if done else self._overdue()
-            if reference is None:
-                continue
-            ticket, _ = self._tasks.pop(reference)
-            if not done:
-                self._ray.cancel(reference, force=True)
-                return ticket, TaskTimedOut(seconds=self._task_seconds_max)
-            return ticket, self._collect(reference)
+            late = self._overdue()
+            done, _ = self._ray.wait(list(self._tasks), num_returns=1, timeout=POLL_SECONDS if late is None else 0)
+            if done:
+                return self._land(done[0]), self._collect(done[0])
+            if late is not None:
+                self._ray.cancel(late, force=True)
+                return self._land(late), TaskTimedOut(seconds=self._task_seconds_max)
+
+    def _land(self, reference: Any) -> int:
+        task = self._tasks.pop(reference)
+        self._hand_over()
+        return task.ticket
 
     def _overdue(self) -> Any | None:
-        """A task past its wall-clock limit, counted from its submission."""
-        return next((r for r, (_, since) in self._tasks.items() if time.monotonic() - since > self._task_seconds_max), None)
+        """A task past its wall-clock limit, counted from when a worker can have had it."""
+        latest = time.monotonic() - self._task_seconds_max
+        return next((r for r, task in self._tasks.items() if task.since is not None and task.since < latest), None)
 
     def _collect(self, reference: Any) -> Outcome:
-        from ray.exceptions import RayError, RayTaskError
-
         try:
             return self._ray.get(reference)
-        except RayTaskError as error:
+        except self._ray.exceptions.RayTaskError as error:
             return error.cause if isinstance(error.cause, Exception) else error
-        except RayError as error:
+        except self._ray.exceptions.RayError as error:
             return WorkerLost(why=redact(str(error)).splitlines()[0])
 
     def close(self) -> None:
         if "_ray" not in self.__dict__:
             return  # never needed
+        self._waiting.clear()
         for reference in self._tasks:
             self._ray.cancel(reference, force=True)
-        if self._started_here:
+        if self._connected_here:
             self._ray.shutdown()
         self._starter.release()
 
@@ -223,11 +287,13 @@ def _ping() -> str:
     return "pong"
 
 
-def _prepare_local_environment() -> None:
-    """Environment of a local Ray, which its workers inherit; what the user has set is left alone."""
+def _prepare_environment(local: bool) -> None:
+    """What Ray reads from the environment; workers of a local one inherit it. What the user has set is left alone."""
+    os.environ.setdefault("RAY_task_oom_retries", "1")  # endless by default: one hog would stall the night
+    if not local:
+        return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # it takes lines that differ in numbers for repetitions
-    os.environ.setdefault("RAY_task_oom_retries", "1")  # endless by default: one hog would stall the night
     if "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN_PATH"] = str(_token_file())

@@ -13,7 +13,7 @@ import structlog
 from msm_core.data_nodes.base import NodeResult, failure_facts
 from msm_core.data_nodes.interpolated_prices import InterpolatedAsset
 from msm_core.data_nodes.signals import SignalWeights
-from msm_core.errors import CyclicPlan, DependencyFailed
+from msm_core.errors import CyclicPlan, DependencyFailed, UnexpectedReply
 from msm_ray.executors import Errand, Executor, encode_batch
 from msm_ray.loads import load_of
 from msm_ray.plan import Key, Plan, Work
@@ -109,6 +109,8 @@ class Flight:
     def _land(self) -> list[NodeResult]:
         ticket, outcome = self.executor.wait()
         keys = self.flying.pop(ticket)
+        if not isinstance(outcome, Exception) and sorted(keys) != sorted((r.kind, r.identifier) for r in outcome):
+            outcome = UnexpectedReply(asked=len(keys), answered=len(outcome))
         if isinstance(outcome, Exception):
             return self._lost(keys, outcome)
         for result in outcome:

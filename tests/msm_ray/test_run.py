@@ -5,6 +5,7 @@ import random
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -322,6 +323,28 @@ def test_a_portfolio_waits_for_its_own_signal_and_for_no_other(engine, fleet):
     assert all(place["submit", c.identifier] > place["done", c.signal_uid] for c in fleet)
     last_signal = max(place["done", c.signal_uid] for c in fleet)
     assert any(place["submit", c.identifier] < last_signal for c in fleet)  # no barrier between signals and portfolios
+
+
+@pytest.mark.parametrize(
+    "garble",
+    [lambda rs: rs[1:], lambda rs: [*rs, rs[0]], lambda rs: [replace(rs[0], identifier="stranger"), *rs[1:]]],
+    ids=["too few", "one twice", "a stranger"],
+)
+def test_an_answer_about_other_nodes_than_those_asked_for_is_none(engine, fleet, garble):
+    """The batch counts as lost: its halves are tried, and single nodes are answered for."""
+    run(engine, fleet, NIGHT, registered=True)
+    expected = factories.dump(engine)
+    wipe(engine)
+
+    class Garbling(LocalExecutor):
+        def wait(self) -> tuple[int, Outcome]:
+            ticket, outcome = super().wait()
+            return ticket, garble(outcome) if isinstance(outcome, list) and len(outcome) > 1 else outcome
+
+    report = run(engine, fleet, NIGHT, registered=True, executor=Garbling())
+    assert report.exit_code == 0
+    assert {r.identifier for r in report.results if r.kind == "portfolio"} == {c.identifier for c in fleet}
+    assert factories.dump(engine) == expected
 
 
 def test_batches_are_bounded_in_number_and_size(engine, fleet, monkeypatch):
