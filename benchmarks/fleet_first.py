@@ -37,7 +37,7 @@ def main() -> None:
             engine = fresh(with_demo=False)
             closes = synthetic.load(engine)
             as_of = synthetic.through(closes[-2])
-            warm = synthetic.fleet(2 * executor.slots, "month_end", prefix="warm")
+            warm = synthetic.fleet(2 * executor.slots, "month_end", prefix="warm", seed=ROUNDS)
             register(engine, warm)
             run_fleet(engine, warm, executor, as_of)
             for style in synthetic.STYLES:
