@@ -42,17 +42,18 @@ def server() -> Iterator[Callable[..., Engine]]:
         os.chmod(home, 0o755)  # the server of a root user runs as another account, which must be able to enter
         os.environ["MSM_HOME"] = home
         embedded = EmbeddedPostgres(home=Path(home))
-        url = embedded.start()
-        os.environ["MSM_DATABASE_URL"] = url
-        made = 0
+        server_url, address, made = embedded.start(), Path(home, "benchmark_url"), 0
+        os.environ["MSM_DATABASE_URL_FILE"] = str(address)  # a file, for Ray workers that outlive a database
+        os.environ.pop("MSM_DATABASE_URL", None)
+        address.touch(0o600)
 
         def fresh(with_demo: bool = True) -> Engine:
             nonlocal made
             made += 1
-            os.environ["MSM_DATABASE_URL"] = url
+            address.write_text(server_url)
             with get_engine().connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
                 connection.exec_driver_sql(f"CREATE DATABASE benchmark_{made}")
-            os.environ["MSM_DATABASE_URL"] = url.rsplit("/", 1)[0] + f"/benchmark_{made}"
+            address.write_text(server_url.rsplit("/", 1)[0] + f"/benchmark_{made}")
             engine = get_engine()
             prepare.prepare(engine)
             if with_demo:

@@ -59,13 +59,14 @@ def _nights(engine: Engine, executor: Executor, fleet: list[PortfolioConfigurati
     portfolios = len(fleet)
     fleet.clear()
     gc.collect()
-    seconds, planned = [], []
+    seconds, planned, rows = [], [], 0
     with peak_worker_mib() as peak:
         for night in range(NIGHTS):
             started = time.perf_counter()
             report, reading = _night(engine, executor, closes[night - nights])
             seconds.append(time.perf_counter() - started)
             planned.append(reading)
+            rows = report.rows_written
             assert report.counts()["landed"] == portfolios, report.failures()[:3]
     with counted_statements() as sent:
         _night(engine, LocalExecutor(), closes[-1])
@@ -75,7 +76,7 @@ def _nights(engine: Engine, executor: Executor, fleet: list[PortfolioConfigurati
         "all_seconds": [round(s, 2) for s in seconds],
         "reading_configurations_seconds": round(statistics.median(planned), 2),
         "statements": len(sent),
-        "rows": report.rows_written,
+        "rows": rows,
         "peak_worker_mib": round(peak()),
     }
 
