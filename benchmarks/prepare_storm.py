@@ -24,7 +24,7 @@ from common import emit, options, server
 from sqlalchemy import Engine, inspect
 
 from msm_core.data_nodes.interpolated_prices import InterpolatedPrices
-from msm_core.database import get_engine
+from msm_core.database import database_url, get_engine
 from msm_core.identity import storage_uid
 from msm_core.models import ExternalPricesStorage
 from msm_ray import prepare
@@ -34,7 +34,7 @@ MINUTES = "vendor-minutes"
 PREPARE = """
 import json, sys
 from msm_core.data_nodes.interpolated_prices import InterpolatedPrices
-from msm_core.database import get_engine
+from msm_core.database import database_url, get_engine
 from msm_ray import prepare
 prepare.TABLES_MAX = int(sys.argv[2])
 wanted = [InterpolatedPrices.model_validate(policy) for policy in json.loads(sys.argv[1])]
@@ -55,7 +55,7 @@ def main() -> None:
     rounds, kills = (3, 5) if quick else (20, 50)
     began = time.perf_counter()
     with server():
-        databases = Databases(os.environ["MSM_DATABASE_URL"])
+        databases = Databases(database_url().set(drivername="postgresql").render_as_string(hide_password=False))
         starts = databases.starts()
         errors, ratios = storm(databases, starts, rounds)
         deaths = Deaths(databases, starts[0], random.Random(1))

@@ -3,6 +3,7 @@
 Times inside the core are numpy `datetime64[us]` arrays and mean UTC; Postgres keeps microseconds too, so nothing is rounded.
 """
 
+import functools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -101,6 +102,7 @@ def iso(time: np.datetime64 | None) -> str:
     return value.strftime("%Y-%m-%d %H:%M:%SZ") if value.second or value.microsecond else value.strftime("%Y-%m-%d %H:%MZ")
 
 
+@functools.cache
 def parse_frequency(frequency: str) -> timedelta:
     """`1d`, `5m`, `1h` as a length of time. Raises ConfigurationError."""
     match = re.fullmatch(r"([1-9]\d*)([mhd])", frequency)

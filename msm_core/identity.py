@@ -81,7 +81,8 @@ def _plain_mapping(value: Mapping[Any, Any]) -> dict[str, Any]:
     key, plain = None, dict[str, Any]()
     try:
         for key, item in value.items():
-            plain[str(key)] = _plain(item)
+            kind = type(item)  # most of what a fleet is made of: an asset and its weight
+            plain[str(key)] = item if kind is str else _canonical_number(item) if kind is float else _plain(item)
     except NotCanonical as error:
         raise _found_at(error, f".{key}") from None
     if len(plain) < len(value):
@@ -144,6 +145,10 @@ class Spec(BaseModel):
     def _uid(self) -> str:
         """Absent options are left out, so a later optional field does not rename everything that exists."""
         return identity(self.model_dump(exclude_none=True))
+
+    def remember(self, name: str, value: str) -> None:
+        """An identity that another process of the same code has worked out for this very spec: it costs more than all else of a node."""
+        vars(self)[name] = value
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """As pydantic's, but without what was worked out for the original."""

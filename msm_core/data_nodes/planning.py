@@ -228,6 +228,7 @@ def _plan_signal(signal: Signal, world: World, as_of: datetime, full_refresh: bo
         watermark=watermark,
         replace=reason in ("full refresh", "code changed"),
         expected_epoch=before.epoch if before else None,
+        signal_uid=identifier,
     )
     return NodePlan(identifier, reason, node, node.since, end, limit)
 
@@ -317,6 +318,7 @@ def _plan_portfolio(
         replace=rebuilt,
         expected_epoch=before.epoch if before else None,
         had_orders=rebuilt and Scope(PortfolioRebalanceStateStorage, identifier).uid in world.progress,
+        identities=(configuration.configuration_hash, configuration.signal_uid),
     )
     return replace(window, node=node)
 

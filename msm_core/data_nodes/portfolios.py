@@ -1,7 +1,10 @@
 """Portfolio nodes: weights and values of a portfolio are computed together and land in one transaction."""
 
+import functools
 import uuid
 from datetime import datetime
+from functools import cached_property
+from typing import Any
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict
 
@@ -9,6 +12,7 @@ from msm_core.configuration import PortfolioConfiguration
 from msm_core.construction import required_assets
 from msm_core.data_nodes.base import NodeResult
 from msm_core.data_nodes.signals import SignalWeights
+from msm_core.identity import UIDS_KEPT
 from msm_core.models import PortfolioIndexValuesStorage, PortfolioRebalanceStateStorage, PortfoliosStorage, PortfolioWeightsStorage
 from msm_core.price_sources import PriceSource
 from msm_core.storage import Scope
@@ -22,9 +26,10 @@ class PortfoliosDataNode(BaseModel):
     watermark, expected_epoch  progress that the plan saw; a node that has moved since is reported busy
     replace         compute from scratch and replace everything that is stored, in one transaction
     had_orders      an earlier configuration of it left orders, which go with it
+    identities      configuration hash and signal uid, worked out by the driver; None = not yet
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ignored_types=(cached_property,))
 
     portfolio_configuration: PortfolioConfiguration
     held: tuple[str, ...] = ()
@@ -32,6 +37,13 @@ class PortfoliosDataNode(BaseModel):
     replace: bool = False
     expected_epoch: int | None = None
     had_orders: bool = False
+    identities: tuple[str, str] | None = None
+
+    def model_post_init(self, _context: Any) -> None:
+        if self.identities:
+            configuration_hash, signal_uid = self.identities
+            self.portfolio_configuration.remember("configuration_hash", configuration_hash)
+            self.portfolio_configuration.signal.remember("uid", signal_uid)
 
     @property
     def identifier(self) -> str:
@@ -69,7 +81,7 @@ class PortfoliosDataNode(BaseModel):
         """Start of its window: its own watermark, never another portfolio's; None = from scratch."""
         return None if self.replace else self.watermark
 
-    @property
+    @cached_property
     def assets(self) -> tuple[str, ...]:
         return required_assets(self.portfolio_configuration, () if self.replace else self.held)
 
@@ -84,11 +96,17 @@ class PortfolioWeights(PortfoliosDataNode):
 
 def portfolio_scopes(configuration: PortfolioConfiguration, has_orders: bool = False) -> tuple[Scope, ...]:
     """Progress rows that one portfolio moves together: values first, weights, its index publication and its orders if it has any."""
-    scopes = [Scope(PortfoliosStorage, configuration.identifier), Scope(PortfolioWeightsStorage, configuration.identifier)]
-    if configuration.index_identifier:
-        scopes.append(Scope(PortfolioIndexValuesStorage, configuration.index_identifier))
-    if has_orders or configuration.rebalance.carries:
-        scopes.append(Scope(PortfolioRebalanceStateStorage, configuration.identifier))
+    return _scopes(configuration.identifier, configuration.index_identifier, has_orders or configuration.rebalance.carries)
+
+
+@functools.lru_cache(maxsize=UIDS_KEPT)
+def _scopes(identifier: str, index_identifier: str | None, has_orders: bool) -> tuple[Scope, ...]:
+    """Asked for again and again, of each node of a fleet."""
+    scopes = [Scope(PortfoliosStorage, identifier), Scope(PortfolioWeightsStorage, identifier)]
+    if index_identifier:
+        scopes.append(Scope(PortfolioIndexValuesStorage, index_identifier))
+    if has_orders:
+        scopes.append(Scope(PortfolioRebalanceStateStorage, identifier))
     return tuple(scopes)
 
 

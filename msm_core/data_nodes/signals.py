@@ -33,6 +33,7 @@ class SignalWeights(BaseModel):
 
     watermark, expected_epoch  progress that the plan saw; a node that has moved since is reported busy
     replace                    compute from scratch and replace everything that is stored
+    signal_uid                 worked out by the driver; None = not yet
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -41,6 +42,11 @@ class SignalWeights(BaseModel):
     watermark: AwareDatetime | None = None
     replace: bool = False
     expected_epoch: int | None = None
+    signal_uid: str | None = None
+
+    def model_post_init(self, _context: Any) -> None:
+        if self.signal_uid:
+            self.signal_weights_instance.remember("uid", self.signal_uid)
 
     @property
     def identifier(self) -> str:

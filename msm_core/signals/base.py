@@ -147,8 +147,8 @@ class Signal(Spec):
 def sorted_unique(identifiers: Sequence[str], what: str) -> tuple[str, ...]:
     """Bytewise order, so that spelling order never reaches a uid. Raises ValueError for duplicates."""
     ordered = tuple(sorted(identifiers))
-    repeated = sorted({a for a, b in pairwise(ordered) if a == b})
-    if repeated:
+    if len(set(ordered)) < len(ordered):
+        repeated = sorted({a for a, b in pairwise(ordered) if a == b})
         raise ValueError(f"{what} names {', '.join(repeated)} more than once")
     return ordered
 

@@ -32,8 +32,8 @@ class FixedWeights(ConstantSignal):
     @field_validator("asset_unique_identifier_weights")
     @classmethod
     def _in_asset_order(cls, weights: tuple[AssetWeight, ...]) -> tuple[AssetWeight, ...]:
-        sorted_unique([w.unique_identifier for w in weights], "asset_unique_identifier_weights")
-        return tuple(sorted(weights, key=lambda w: w.unique_identifier))
+        by_name = {w.unique_identifier: w for w in weights}
+        return tuple(by_name[name] for name in sorted_unique([w.unique_identifier for w in weights], "asset_unique_identifier_weights"))
 
     @classmethod
     def from_signal_configuration(cls, configuration: Mapping[str, Any] | BaseModel | None = None, **fields: Any) -> "FixedWeights":
