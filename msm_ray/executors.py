@@ -31,6 +31,7 @@ from msm_core.data_nodes.portfolios import PortfoliosDataNode
 from msm_core.data_nodes.signals import SignalKind, SignalWeights
 from msm_core.database import connections_left, get_engine, redact, where
 from msm_core.errors import RayUnavailable, StaleCode, TaskTimedOut, TooFewConnections, WorkerLost
+from msm_core.garbage import collecting_seldom
 from msm_core.plugins import code_version
 from msm_core.settings import Settings
 
@@ -70,6 +71,7 @@ def encode_batch(kind: str, nodes: Sequence[WorkNode], errand: Errand) -> str:
     )
 
 
+@collecting_seldom()
 def run_batch(payload: str, keep_connection: bool = True) -> list[NodeResult]:
     """What a worker does with a payload. Raises StaleCode when driver and worker are different installations.
 

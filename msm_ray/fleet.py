@@ -32,6 +32,7 @@ from msm_core.data_nodes.dependencies import dependencies
 from msm_core.data_nodes.interpolated_prices import InterpolatedPrices, InterpolatedPricesConfig
 from msm_core.data_nodes.prices import APIDataNode
 from msm_core.errors import ConfigurationError
+from msm_core.garbage import collecting_seldom
 from msm_core.identity import Kinds, Spec, current_namespace
 from msm_core.interpolation import InterpolationRule
 from msm_core.price_sources import PriceSource
@@ -190,6 +191,7 @@ class Fleet:
     namespace: str | None
 
 
+@collecting_seldom()
 def load_fleet(path: Path) -> Fleet:
     """The fleet of a file and its includes. Raises ConfigurationError with every problem, one line each."""
     document = Document(Path(path))

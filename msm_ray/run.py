@@ -18,6 +18,7 @@ from msm_core.configuration import PortfolioConfiguration
 from msm_core.data_nodes.base import NodeResult
 from msm_core.data_nodes.planning import new_scopes, read_world
 from msm_core.database import exported_snapshot, transaction
+from msm_core.garbage import collecting_seldom
 from msm_core.models import PortfoliosStorage
 from msm_core.storage import Scope, ensure_progress, read_progress, verify_prepared
 from msm_ray import ledger
@@ -115,6 +116,7 @@ class Observer:
         """The run is over and its ledger is written. A run that crashes is not finished."""
 
 
+@collecting_seldom()
 def run_fleet(
     engine: Engine,
     configurations: Sequence[PortfolioConfiguration],

@@ -12,6 +12,7 @@ from msm_core.copying import fetch
 from msm_core.data_nodes.base import failure_facts
 from msm_core.data_nodes.portfolios import portfolio_scopes
 from msm_core.errors import ConfigurationError, IndexTaken, MsmError
+from msm_core.garbage import collecting_seldom
 from msm_core.models import (
     IndexTable,
     PortfolioConfigurationTable,
@@ -55,6 +56,7 @@ class StoredFleet(NamedTuple):
     unreadable: dict[str, dict[str, str]]
 
 
+@collecting_seldom()
 def read_configurations(connection: Connection) -> StoredFleet:
     """The newest configuration of every stored portfolio; all of them, whatever their number."""
     statement = sql.SQL("""
