@@ -114,6 +114,13 @@ class StorageMismatch(MsmError):
     )
 
 
+class StorageNotEmpty(StorageMismatch):
+    message = (
+        "only empty tables can be partitioned, and these hold rows: {tables}. Empty all of them (TRUNCATE {all}; the next run computes "
+        "everything afresh), or leave them as they are: partitions change no number."
+    )
+
+
 class StorageCollision(MsmError):
     message = (
         "storage {storage} was made for {stored}, but {given} has the same name. "

@@ -95,6 +95,8 @@ def read_sessions(connection: Connection, uids: Iterable[uuid.UUID]) -> dict[uui
     }
 
 
+RECENT = sql.SQL("interval '400 days'")  # looked at first: in a storage with a partition per year, the rest of them is left alone
+
 # -- signals, weights, values -------------------------------------------------------------------------------------------------
 
 
@@ -105,10 +107,12 @@ def read_signal_weights(connection: Connection, signal_uids: Sequence[str], sinc
             SELECT array_agg(q.time_index), array_agg(q.asset_identifier::text), array_agg(q.signal_weight) FROM (
                 SELECT w.time_index, w.asset_identifier, w.signal_weight FROM {table} w
                 WHERE w.signal_uid = u.signal_uid AND w.time_index <= %(through)s AND w.time_index >= coalesce(
+                    (SELECT max(m.time_index) FROM {table} m WHERE m.signal_uid = u.signal_uid
+                        AND m.time_index <= %(since)s AND m.time_index > %(since)s - {recent}),
                     (SELECT max(m.time_index) FROM {table} m WHERE m.signal_uid = u.signal_uid AND m.time_index <= %(since)s), %(since)s)
                 ORDER BY w.time_index, w.asset_identifier) q) s(times, assets, weights)
         WHERE s.times IS NOT NULL
-    """).format(table=_name(SignalWeightsStorage))
+    """).format(table=_name(SignalWeightsStorage), recent=RECENT)
     found = fetch(connection, statement, {"uids": list(signal_uids), "since": since, "through": through})
     return {signal_uid: SignalRows(*columns) for signal_uid, *columns in found}
 
@@ -121,12 +125,14 @@ def last_trades(connection: Connection, portfolios: Sequence[str]) -> dict[str, 
             SELECT array_agg(q.time_index), array_agg(q.asset_identifier::text), array_agg(q.weight),
                    array_agg(coalesce(q.price_current, 'NaN')), array_agg(coalesce(q.volume_current, 'NaN')) FROM (
                 SELECT w.* FROM {table} w
-                WHERE w.portfolio_identifier = u.id AND w.time_index = (
-                    SELECT max(m.time_index) FROM {table} m WHERE m.portfolio_identifier = u.id)
+                WHERE w.portfolio_identifier = u.id AND w.time_index = coalesce(
+                    (SELECT max(m.time_index) FROM {table} m WHERE m.portfolio_identifier = u.id AND m.time_index > (
+                        SELECT max(p.watermark) - {recent} FROM {progress} p WHERE p.storage = %(storage)s AND p.scope = ANY(%(ids)s))),
+                    (SELECT max(m.time_index) FROM {table} m WHERE m.portfolio_identifier = u.id))
                 ORDER BY w.asset_identifier) q) s(times, assets, weights, prices, volumes)
         WHERE s.times IS NOT NULL
-    """).format(table=_name(PortfolioWeightsStorage))
-    found = fetch(connection, statement, {"ids": list(portfolios)})
+    """).format(table=_name(PortfolioWeightsStorage), progress=_name(DataNodeUpdateTable), recent=RECENT)
+    found = fetch(connection, statement, {"ids": list(portfolios), "storage": PortfolioWeightsStorage.logical_name()})
     return {i: LastTrade(times[0], tuple(assets), weights, prices, volumes) for i, times, assets, weights, prices, volumes in found}
 
 
@@ -136,9 +142,9 @@ ValueKey = tuple[str, np.datetime64]
 def read_values(connection: Connection, keys: Iterable[ValueKey]) -> dict[ValueKey, tuple[float, float]]:
     """(close, calculated_close) at each (portfolio_identifier, time)."""
     statement = sql.SQL("""
-        SELECT v.portfolio_identifier, v.time_index, v.close, v.calculated_close
-        FROM unnest(%(ids)s::text[], %(times)s::timestamptz[]) k(id, time)
-        JOIN {table} v ON v.portfolio_identifier = k.id AND v.time_index = k.time
+        SELECT k.id, k.time, v.close, v.calculated_close
+        FROM unnest(%(ids)s::text[], %(times)s::timestamptz[]) k(id, time) CROSS JOIN LATERAL (
+            SELECT p.close, p.calculated_close FROM {table} p WHERE p.portfolio_identifier = k.id AND p.time_index = k.time OFFSET 0) v
     """).format(table=_name(PortfoliosStorage))
     unique = sorted(set(keys))
     found = fetch(connection, statement, {"ids": [k for k, _ in unique], "times": [to_datetime(t) for _, t in unique]})

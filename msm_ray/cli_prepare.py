@@ -1,6 +1,7 @@
 """`msm-ray prepare`: what is made, and what would be."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -22,22 +23,28 @@ def prepare(
     file: FileOption = None,
     check: Annotated[bool, typer.Option("--check", help="Change nothing; exit 10 when work is pending.")] = False,
     sql: Annotated[bool, typer.Option("--sql", help="Print the DDL that is pending, and change nothing.")] = False,
+    partition_by_year: Annotated[
+        bool, typer.Option("--partition-by-year", help="Give weights, signals and values a partition per year; only while they are empty.")
+    ] = False,
     output: OutputOption = Output.table,
 ) -> None:
     """Create and upgrade tables; with -f also store the fleet's calendars, identity rows and configurations. Idempotent.
 
-    Tables of interpolated prices are made for the portfolios of the file or, without one, for the stored ones.
+    Tables of interpolated prices are made for the portfolios of the file or, without one, for the stored ones. Partitions that storages
+    lack, which are partitioned by year, are made every time: up to two years ahead.
     """
     fleet = load_fleet(file) if file else None
     engine = connect()
     sources = price_sources_of(fleet.portfolios) if fleet else stored_price_sources(engine)
     if sql:
-        sys.stdout.write(preparation.ddl(engine, sources))
+        sys.stdout.write(preparation.ddl(engine, sources, yearly=partition_by_year))
     elif check:
-        _show_pending(preparation.check(engine, sources), output)
+        _show_pending(preparation.check(engine, sources, yearly=partition_by_year), output)
     else:
         done = preparation.prepare(engine, sources)
-        _show_prepared(done, store_fleet(engine, fleet) if fleet else None, output)
+        stored = store_fleet(engine, fleet) if fleet else None
+        partitions = preparation.lay_out(engine, yearly=partition_by_year)  # the calendars that were stored say of which years
+        _show_prepared(replace(done, pending=(*done.pending, *partitions)), stored, output)
 
 
 def _show_pending(found: preparation.Preparation, output: Output) -> None:

@@ -3,6 +3,7 @@
 1. The static chain in `migrations/` is upgraded to its head, and the catalogue rows of the static storages are written with it.
 2. The tables of the price policies that a fleet needs are derived from what the catalogue says of their sources, compared with the
    tables that are there, and made where they are missing - also when a catalogue row says that they exist: a row is not a table.
+3. Storages that are partitioned by year get the years that they lack, see `layout`.
 
 Every transaction that looks and makes begins with the lock, so no lost connection lets two of them in at once. Tables are made in
 transactions of at most `TABLES_MAX`, with their catalogue rows and the rendered operations, because every new table holds locks until
@@ -16,18 +17,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
 
 from alembic import command
-from alembic.autogenerate import produce_migrations, render_python_code
-from alembic.autogenerate.api import AutogenContext
 from alembic.config import Config
 from alembic.operations import Operations, ops
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from psycopg import sql
 from sqlalchemy import Connection, Engine, MetaData, inspect
-from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import OperationalError
 
 import msm_core
@@ -37,11 +34,11 @@ from msm_core.database import check_server, sqlstate
 from msm_core.errors import MsmError, PrepareBusy, SourceNotRegistered, StorageCollision, StorageMismatch
 from msm_core.identity import identity, physical_name
 from msm_core.models import LOADED_NAMESPACE, STORAGES, MetaTable, StorageTable, TimeIndexMetaTable
-from msm_core.models.base import Identifier
 from msm_core.price_sources import PriceSource, SourceKey
 from msm_core.rows import upsert_rows
 from msm_core.sources import TIME_TYPE, Source, read_sources
 from msm_core.storage import reset_progress
+from msm_ray import comparison, layout
 
 LOCK_KEY = int(identity({"kind": "prepare_lock", "namespace": LOADED_NAMESPACE})[:15], 16)  # 60 bits: fits bigint, never python's hash()
 LOCK_SECONDS = 120
@@ -56,7 +53,7 @@ Storage = type[StorageTable]
 class Preparation:
     """What `prepare` did, or, with `check`, what it would do.
 
-    pending   revisions of the static chain, and tables of price policies that have never been made
+    pending   revisions of the static chain, tables of price policies that have never been made, partitions
     drifted   tables that are not what is declared, and in what; nothing is ever done about them
     missing   tables that should exist, by the models or the catalogue, and do not
     repaired  storages whose catalogue row lacked the cadence that their model declares
@@ -74,8 +71,11 @@ class Preparation:
         return not (self.pending or self.drifted or self.missing)
 
 
-def check(engine: Engine, price_sources: Iterable[PriceSource] = ()) -> Preparation:
-    """What is pending, drifted or missing, without changing anything; the physical tables are looked at, not only their rows."""
+def check(engine: Engine, price_sources: Iterable[PriceSource] = (), *, yearly: bool = False) -> Preparation:
+    """What is pending, drifted or missing, without changing anything; the physical tables are looked at, not only their rows.
+
+    yearly  as of `lay_out`, whose errors it raises
+    """
     check_server(engine)
     with engine.connect() as connection:
         present = set(inspect(connection).get_table_names())
@@ -85,8 +85,9 @@ def check(engine: Engine, price_sources: Iterable[PriceSource] = ()) -> Preparat
         rows = _catalogued(connection, wanted) if CATALOGUE in present else {}
         unlisted = [s.__tablename__ for s in wanted if s.logical_name() not in rows]
         incomplete = [] if static or CATALOGUE not in present else _without_cadence(connection)
+        partitions = [name for lacking in layout.lacking(connection, yearly) for name in lacking.tables]
         return Preparation(
-            pending=(*static, *unlisted, *(f"cadence of {name}" for name in incomplete)),
+            pending=(*static, *unlisted, *(f"cadence of {name}" for name in incomplete), *partitions),
             drifted=(*([] if static else _static_drift(connection)), *found.drifted),
             missing=tuple(sorted({*MetaTable.metadata.tables} - present | {*found.creations} - {*unlisted})),
             problems=tuple(problems),
@@ -117,20 +118,39 @@ def prepare(engine: Engine, price_sources: Iterable[PriceSource] = ()) -> Prepar
         raise collisions[0]
     if drifted:
         raise StorageMismatch(differences="; ".join(drifted))
+    made += lay_out(engine)
     return Preparation(tuple(made), repaired=tuple(repaired), problems=tuple(problems))
 
 
-def ddl(engine: Engine, price_sources: Iterable[PriceSource] = ()) -> str:
-    """The SQL of everything that is pending, as text."""
+def lay_out(engine: Engine, *, yearly: bool = False) -> tuple[str, ...]:
+    """Make the partitions that partitioned storages lack; with `yearly`, make plain storages partitioned that are empty.
+
+    One transaction per storage, so that no more than one is locked. Returns the names of the tables made. Which years there must be
+    follows from the stored calendars: call it after they have been stored. Raises StorageNotEmpty, StorageMismatch, PrepareBusy.
+    """
+    with engine.connect() as connection:
+        storages = [lacking.storage for lacking in layout.lacking(connection, yearly)]
+    made: list[str] = []
+    for storage in storages:
+        with _working(engine) as connection:
+            for lacking in layout.lacking(connection, yearly, [storage]):
+                made += layout.lay_out(connection, lacking)
+    return tuple(made)
+
+
+def ddl(engine: Engine, price_sources: Iterable[PriceSource] = (), *, yearly: bool = False) -> str:
+    """The SQL of everything that is pending, as text; `yearly` as of `lay_out`."""
     output = io.StringIO()
     with engine.connect() as connection:
         static = pending_revisions(connection)
         found = _compare(connection, _wanted(connection, price_sources)[0])
+        partitions = [text for lacking in layout.lacking(connection, yearly) for text in lacking.sql(connection)]
     if static:
         command.upgrade(alembic_config(None, output), f"{_before(static[0])}:head", sql=True)
     offline = MigrationContext.configure(dialect_name="postgresql", opts={"as_sql": True, "output_buffer": output})
     for operation in found.creations.values():
         Operations(offline).invoke(operation)
+    output.writelines(f"{text};\n\n" for text in partitions)
     return output.getvalue()
 
 
@@ -165,13 +185,17 @@ def _before(revision: str) -> str:
 
 def _restore_static(connection: Connection) -> list[str]:
     """Make static tables that the chain has made and somebody has dropped; what was computed into them is to be computed again."""
-    operations = _operations(connection, MetaTable.metadata)
+    operations = comparison.operations(connection, MetaTable.metadata)
     creations = {o.table_name: o for o in operations if isinstance(o, ops.CreateTableOp)}
     indexes = [o for o in operations if isinstance(o, ops.ModifyTableOps) and o.table_name in creations]
     for operation in [*creations.values(), *(inner for outer in indexes for inner in outer.ops)]:
         Operations(MigrationContext.configure(connection)).invoke(operation)
     reset_progress(connection, [s.logical_name() for s in STORAGES if s.__tablename__ in creations])
     return list(creations)
+
+
+def _static_drift(connection: Connection) -> list[str]:
+    return comparison.drift(connection, MetaTable.metadata, STORAGES, comparison.operations(connection, MetaTable.metadata))
 
 
 @contextmanager
@@ -297,18 +321,11 @@ def _compare(connection: Connection, storages: Sequence[Storage]) -> Comparison:
         "SELECT relname FROM pg_class WHERE relname = ANY(%(names)s) AND relkind NOT IN ('r', 'p') AND pg_table_is_visible(oid)"
     )
     others = {name for (name,) in fetch(connection, statement, {"names": names})}
-    operations = _operations(connection, metadata)
+    operations = comparison.operations(connection, metadata)
     creations = {o.table_name: o for o in operations if isinstance(o, ops.CreateTableOp)}
-    keys = inspect(connection).get_multi_pk_constraint(filter_names=names)
-    key_of = {table: constraint["constrained_columns"] for (_, table), constraint in keys.items() if constraint}
-    wrong_keys = [
-        f"{s.__tablename__}: its primary key is ({', '.join(key_of.get(s.__tablename__, []))}), not ({', '.join(s.key_columns())})"
-        for s in storages
-        if s.__tablename__ not in creations and key_of.get(s.__tablename__) != list(s.key_columns())
-    ]
     no_tables = [f"{name}: it is no table" for name in sorted(others)]
     creations = {name: creation for name, creation in creations.items() if name not in others}
-    return Comparison(storages, creations, [*_collations(connection, metadata), *_differences(operations), *wrong_keys, *no_tables])
+    return Comparison(storages, creations, [*comparison.drift(connection, metadata, storages, operations), *no_tables])
 
 
 def _make(connection: Connection, found: Comparison, collisions: list[StorageCollision]) -> list[str]:
@@ -325,7 +342,7 @@ def _make(connection: Connection, found: Comparison, collisions: list[StorageCol
             continue
         if creation := found.creations.get(storage.__tablename__):
             Operations(context).invoke(creation)
-            given["revision"] = _rendered(creation, context)
+            given["revision"] = comparison.rendered(creation, context)
             made.append(storage)
         elif name not in rows:
             made.append(storage)
@@ -334,69 +351,3 @@ def _make(connection: Connection, found: Comparison, collisions: list[StorageCol
     upsert_rows(connection, TimeIndexMetaTable, wanted, key=("identifier",))
     reset_progress(connection, [s.logical_name() for s in made if s.__tablename__ in found.creations])  # of a table that was dropped
     return [s.__tablename__ for s in made]
-
-
-def _operations(connection: Connection, metadata: MetaData) -> list[ops.MigrateOperation]:
-    """What Alembic would do to make the tables of `metadata` what they should be; no other table is looked at."""
-
-    def include_name(name: str | None, type_: str, _parents: object) -> bool:
-        return type_ != "table" or name in metadata.tables
-
-    context = MigrationContext.configure(connection, opts={"include_name": include_name, "compare_type": True})
-    script = produce_migrations(context, metadata)
-    assert script.upgrade_ops is not None
-    return list(script.upgrade_ops.ops)
-
-
-def _static_drift(connection: Connection) -> list[str]:
-    return [*_collations(connection, MetaTable.metadata), *_differences(_operations(connection, MetaTable.metadata))]
-
-
-def _differences(operations: Iterable[ops.MigrateOperation]) -> list[str]:
-    """In what the tables that exist differ: columns and keys. An index, a comment or a table of somebody's own is no harm."""
-    return [
-        f"{operation.table_name}: {text}"
-        for operation in operations
-        if isinstance(operation, ops.ModifyTableOps)
-        for inner in operation.ops
-        if (text := _difference(inner))
-    ]
-
-
-def _collations(connection: Connection, metadata: MetaData) -> list[str]:
-    """Identifiers that are not compared bytewise, which Alembic does not compare: the order of sums over assets hangs on it."""
-    identifiers = {
-        (t.name, c.name): c.type.collation for t in metadata.tables.values() for c in t.columns if isinstance(c.type, Identifier)
-    }
-    live = inspect(connection).get_multi_columns(filter_names=list(metadata.tables))
-    return [
-        f"{table}: column {c['name']} is collated {collation or 'as the database is'}, not {identifiers[table, c['name']]}"
-        for (_, table), found in live.items()
-        for c in found
-        if (table, c["name"]) in identifiers and (collation := getattr(c["type"], "collation", None)) != identifiers[table, c["name"]]
-    ]
-
-
-def _difference(operation: ops.MigrateOperation) -> str | None:
-    match operation:
-        case ops.AddColumnOp():
-            return f"it lacks column {operation.column.name}"
-        case ops.DropColumnOp():
-            return f"it has a column {operation.column_name} beyond"
-        case ops.AlterColumnOp(modify_type=type_) if type_ is not None:
-            existing, declared = (x.compile(postgresql.dialect()) if x else "unknown" for x in (operation.existing_type, type_))
-            return f"column {operation.column_name} is {existing}, not {declared}"
-        case ops.AlterColumnOp(modify_nullable=nullable) if nullable is not None:
-            return f"column {operation.column_name} must {'' if nullable else 'not '}take nulls"
-        case ops.CreateForeignKeyOp() | ops.CreateUniqueConstraintOp():
-            return f"it lacks the constraint {operation.constraint_name}"
-    return None
-
-
-def _rendered(creation: ops.CreateTableOp, context: MigrationContext) -> str:
-    """The operations as a revision file would hold them."""
-
-    def plain(type_: str, item: Any, _context: AutogenContext) -> str | Literal[False]:
-        return f"sa.String(length={item.length}, collation={item.collation!r})" if isinstance(item, Identifier) else False
-
-    return render_python_code(ops.UpgradeOps([creation]), render_item=plain, migration_context=context)

@@ -1,6 +1,7 @@
 """`msm-ray prepare` as a user meets it: what it says before, what it does once, and what a run finds."""
 
 import sys
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,36 @@ def test_prepare_then_run_and_a_run_alone_makes_no_table(run_cli: Cli, engine: E
     code, report = run_cli(*run)
     assert (code, report["failures"]) == (0, [])
     assert run_cli("verify")[1] == checksum
+
+
+@pytest.mark.usefixtures("bars")
+def test_partitions_by_year_are_of_the_calendars_that_the_file_brings(run_cli: Cli, engine: Engine, tmp_path: Path) -> None:
+    fleet = write_fleet(tmp_path, "{ id: f, prices: exact }", "{ id: g, prices: exact }")
+    years = [f"y{year}" for year in range(2024, date.today().year + 3)]
+    tables = ("msm__signal_weights", "msm__portfolio_weights", "msm__portfolios")
+    made = [name for table in tables for name in (table, *(f"{table}_{part}" for part in (*years, "rest")))]
+
+    code, done = run_cli("prepare", "-f", str(fleet), "--partition-by-year")
+    assert (code, done["applied"]) == (0, [EXACT, *made])
+    assert run_cli("prepare", "--check") == run_cli("prepare", "--check", "--partition-by-year") == (0, CLEAN)
+    assert run_cli("prepare", "-f", str(fleet), "--partition-by-year") == (0, NOTHING | {"configurations_stored": 0})
+    assert run_cli("run", "--executor", "local", "--as-of", "2024-02-10")[0] == 0
+    assert run_cli("verify")[1]["violations"] == []
+
+    sql(engine, "DROP TABLE msm__portfolios_y2025")
+    assert run_cli("prepare", "--check") == (10, CLEAN | {"pending": ["msm__portfolios_y2025"]})
+    assert run_cli("prepare") == (0, NOTHING | {"applied": ["msm__portfolios_y2025"]})
+
+
+def test_storages_with_rows_stay_as_they_are(run_cli: Cli, engine: Engine) -> None:
+    sql(engine, "INSERT INTO msm__portfolios VALUES ('p', '2024-01-02', 1, 0, 1, '2024-01-02')")
+    before = relations(engine)
+    for arguments in (("--check",), ("--sql",), ()):
+        code, error = run_cli("prepare", "--partition-by-year", *arguments)
+        assert (code, error["error"]["reason"]) == (2, "storage_not_empty")
+        assert "msm__portfolios. Empty all of them (TRUNCATE" in error["error"]["message"]
+    assert relations(engine) == before
+    assert run_cli("prepare", "--check") == (0, CLEAN)
 
 
 def test_what_cannot_be_prepared_is_named_and_the_rest_is_made(run_cli: Cli, engine: Engine, tmp_path: Path) -> None:
