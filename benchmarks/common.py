@@ -66,6 +66,12 @@ def server() -> Iterator[Callable[..., Engine]]:
             embedded.destroy()
 
 
+def point_at(engine: Engine) -> None:
+    """Workers, and this process, find this database from here on."""
+    url = engine.url.set(drivername="postgresql").render_as_string(hide_password=False)
+    Path(os.environ["MSM_DATABASE_URL_FILE"]).write_text(url)
+
+
 def register(engine: Engine, configurations: list[PortfolioConfiguration]) -> None:
     with engine.begin() as connection:
         register_portfolios(connection, configurations)

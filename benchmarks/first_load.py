@@ -15,7 +15,6 @@ most likely has: both change what writing a key costs.
 
 import argparse
 import multiprocessing
-import os
 import statistics
 import sys
 import time
@@ -25,7 +24,7 @@ from datetime import UTC, date, datetime
 from multiprocessing.connection import Connection as Pipe
 
 import numpy as np
-from common import emit, register, server, starting
+from common import emit, point_at, register, server, starting
 from sqlalchemy import Connection, Engine, MetaData
 from sqlalchemy.schema import CreateTable
 
@@ -250,7 +249,7 @@ def _build_seconds(engine: Engine, memory: str, workers: int) -> float:
 
 def first_runs(fresh: Callable[[], Engine], quick: bool) -> dict[str, float]:
     """Median seconds of a fleet's first run per layout: plan, prices, signal, kernel, weights and values; `deferred` builds the key too."""
-    engines = {"yearly": fresh(), "keyed": fresh()}  # the last one is what MSM_DATABASE_URL names from here on
+    engines = {"yearly": fresh(), "keyed": fresh()}  # the last one is what workers find from here on
     engines["deferred"] = engines["keyed"]
     prepare.lay_out(engines["yearly"], yearly=True)
     first = date(2015, 1, 2) if quick else date(1990, 1, 2)
@@ -263,7 +262,7 @@ def first_runs(fresh: Callable[[], Engine], quick: bool) -> dict[str, float]:
     for _ in range(ROUNDS):
         for layout, found in seconds.items():
             engine = engines[layout]
-            os.environ["MSM_DATABASE_URL"] = engine.url.set(drivername="postgresql").render_as_string(hide_password=False)
+            point_at(engine)
             statements = [f"TRUNCATE {WEIGHTS}, {PortfoliosStorage.__tablename__}, {SignalWeightsStorage.__tablename__}", "CHECKPOINT"]
             _run_sql(engine, *statements, f"UPDATE {PROGRESS} SET watermark = NULL, epoch = 0, row_count = 0")
             _run_sql(engine, f"ALTER TABLE {WEIGHTS} DROP {key}") if layout == "deferred" else None
