@@ -2,9 +2,9 @@
 
 python benchmarks/naive.py [--quick]
 
-Each task reads the bars of its assets, computes weights and values of all sessions in pandas, and writes both frames; drifting weights
-are a frame of all sessions, whenever they are rebalanced. `events` is a more careful user, who keeps only the weights of rebalances. The
-values are those that msm-ray stores, to 1e-12: the comparison is of equals.
+Each task reads the bars of its assets, computes weights and values of all sessions in pandas, and writes both frames into tables equal to
+ours; drifting weights are a frame of all sessions, whenever they are rebalanced. `events` is a more careful user, who keeps the weights of
+rebalances only. Values and weights are those that msm-ray stores, to 1e-12: the comparison is of equals.
 """
 
 import os
@@ -21,12 +21,13 @@ from common import emit, options, register, server
 from sqlalchemy import Engine, create_engine, text
 
 from msm_core.configuration import PortfolioConfiguration
-from msm_core.models import ExternalPricesStorage, PortfoliosStorage
+from msm_core.models import ExternalPricesStorage, PortfoliosStorage, PortfolioWeightsStorage
 from msm_ray.executors import LocalExecutor, RayExecutor
 from msm_ray.run import run_fleet
 
 FEE = 0.00018
 AGREE = 1e-12
+TABLES = {"naive_weights": PortfolioWeightsStorage, "naive_values": PortfoliosStorage}
 
 
 def update(url: str, identifier: str, weights: dict[str, float], month_end: bool, through: datetime, events_only: bool) -> int:
@@ -37,7 +38,7 @@ def update(url: str, identifier: str, weights: dict[str, float], month_end: bool
         "WHERE asset_identifier = ANY(:assets) AND time_index <= :through"
     )
     bars = pd.read_sql(query, engine, params={"assets": list(weights), "through": through})
-    closes = bars.pivot(index="time_index", columns="asset_identifier", values="close").sort_index()
+    closes, volumes = (bars.pivot(index="time_index", columns="asset_identifier", values=v).sort_index() for v in ("close", "volume"))
     target = pd.Series(weights).reindex(closes.columns)
     months = pd.DatetimeIndex(closes.index).tz_localize(None).to_period("M")
     is_event = np.append(months[1:] != months[:-1], False) if month_end else np.ones(len(closes), bool)
@@ -58,10 +59,14 @@ def update(url: str, identifier: str, weights: dict[str, float], month_end: bool
                 after_at[time_index], before_at[time_index] = after, before
         previous = prices
     after, before = pd.DataFrame(after_at).T, pd.DataFrame(before_at).T
-    blocks = {"weight": after, "weight_before": before, "price": closes.loc[after.index]}
-    rows = pd.DataFrame({name: block.stack() for name, block in blocks.items()}).rename_axis(["time_index", "asset_identifier"])
-    rows = rows.reset_index().assign(portfolio=identifier)
-    series = pd.Series(values, name="close").rename_axis("time_index").reset_index().assign(portfolio=identifier)
+    traded, volume = closes.loc[after.index], volumes.loc[after.index]
+    blocks = {"weight": after, "weight_before": before, "price_current": traded, "price_before": traded.shift()}
+    blocks |= {"volume_current": volume, "volume_before": volume.shift()}
+    rows = pd.DataFrame({name: block.stack(future_stack=True) for name, block in blocks.items()})
+    rows = rows.rename_axis(["time_index", "asset_identifier"]).reset_index().assign(portfolio_identifier=identifier)
+    series = pd.Series(values, name="close").rename_axis("time_index").reset_index()
+    series["return"] = series["close"].pct_change().fillna(series["close"] - 1.0)
+    series = series.assign(portfolio_identifier=identifier, calculated_close=series["close"], close_time=series["time_index"])
     rows.to_sql("naive_weights", engine, if_exists="append", index=False)
     series.to_sql("naive_values", engine, if_exists="append", index=False)
     engine.dispose()
@@ -71,16 +76,11 @@ def update(url: str, identifier: str, weights: dict[str, float], month_end: bool
 def seconds_per_portfolio(
     ray: Any, engine: Engine, fleet: Sequence[PortfolioConfiguration], style: str, through: datetime, events_only: bool = False
 ) -> float:
-    """Wall-clock seconds of all tasks on the running Ray, over their number; the tables have a primary key, as ours do."""
+    """Wall-clock seconds of all tasks on the running Ray, over their number, into tables equal to ours."""
     with engine.begin() as connection:
-        connection.exec_driver_sql("DROP TABLE IF EXISTS naive_weights, naive_values")
-        connection.exec_driver_sql(
-            "CREATE TABLE naive_weights (portfolio text, time_index timestamptz, asset_identifier text, weight float8, "
-            "weight_before float8, price float8, PRIMARY KEY (portfolio, time_index, asset_identifier))"
-        )
-        connection.exec_driver_sql(
-            "CREATE TABLE naive_values (portfolio text, time_index timestamptz, close float8, PRIMARY KEY (portfolio, time_index))"
-        )
+        for name, storage in TABLES.items():
+            connection.exec_driver_sql(f"DROP TABLE IF EXISTS {name}")
+            connection.exec_driver_sql(f"CREATE TABLE {name} (LIKE {storage.__tablename__} INCLUDING ALL)")
     url = engine.url.render_as_string(hide_password=False)
     task = ray.remote(update)
     started = time.perf_counter()
@@ -88,15 +88,20 @@ def seconds_per_portfolio(
     return (time.perf_counter() - started) / len(fleet)
 
 
-def differences(engine: Engine) -> float:
-    """The greatest relative difference of values from those that msm-ray stores."""
+def difference(engine: Engine) -> float:
+    """The greatest difference from what msm-ray stores: of values, relative, and of weights, where both have a row."""
     with engine.connect() as connection:
-        found = connection.exec_driver_sql(
-            f"SELECT count(*), max(abs(n.close / v.close - 1)) FROM naive_values n FULL JOIN {PortfoliosStorage.__tablename__} v "
-            "ON v.portfolio_identifier = n.portfolio AND v.time_index = n.time_index "
-            "WHERE n.close IS NOT NULL OR v.portfolio_identifier IN (SELECT portfolio FROM naive_values)"
+        values, least = connection.exec_driver_sql(
+            f"SELECT max(abs(n.close / v.close - 1)), count(n.close) - count(*) FROM {PortfoliosStorage.__tablename__} v "
+            "LEFT JOIN naive_values n USING (portfolio_identifier, time_index) "
+            "WHERE v.portfolio_identifier IN (SELECT portfolio_identifier FROM naive_values)"
         ).one()
-    return float(found[1])
+        assert least == 0, "a session is missing"
+        weights = connection.exec_driver_sql(
+            f"SELECT max(abs(n.weight - v.weight) + abs(n.weight_before - v.weight_before)) FROM {PortfolioWeightsStorage.__tablename__} v "
+            "JOIN naive_weights n USING (portfolio_identifier, time_index, asset_identifier)"
+        ).scalar_one()
+    return max(float(values), float(weights))
 
 
 def _weights(configuration: PortfolioConfiguration) -> dict[str, float]:
@@ -120,7 +125,7 @@ def main() -> None:
                 run_fleet(engine, fleet, LocalExecutor(), as_of)
                 careful = seconds_per_portfolio(executor._ray, engine, fleet, style, as_of, events_only=True)
                 usual = seconds_per_portfolio(executor._ray, engine, fleet, style, as_of)
-                assert differences(engine) < AGREE
+                assert difference(engine) < AGREE
                 found[style] = {"seconds": round(usual, 3), "events": round(careful, 3)}
                 print(f"{style}: {found[style]} s per portfolio", file=sys.stderr)
         finally:

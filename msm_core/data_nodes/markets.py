@@ -17,6 +17,8 @@ from msm_core.price_sources import SourceKey
 from msm_core.sessions import Sessions
 from msm_core.sources import Source
 
+KEPT_CELLS_MAX = 6_000_000  # sessions x assets in each process; 41 bytes each
+
 
 class MarketKey(NamedTuple):
     """Who has the same key shares one aligned block of numbers.
@@ -57,6 +59,7 @@ Calendars = Mapping[str, Sessions | MsmError]
 Sources = Mapping[SourceKey, Source | MsmError]
 Markets = Mapping[MarketKey, Market | MsmError]  # one that could not be built holds the error, for those who need it
 ReadKey = tuple[SourceKey, str, str | None]
+Slot = tuple[MarketKey, int | None]
 
 
 def read_markets(
@@ -81,9 +84,6 @@ def read_markets(
     for key, group in missing.items():
         found[key] = kept.keep(slots[key], group, _market(key, group, sources, calendars, prices, kept.delisted, as_of))
     return found
-
-
-Slot = tuple[MarketKey, int | None]
 
 
 @dataclass
@@ -142,7 +142,6 @@ def _covers(covered: Need, needs: Iterable[Need]) -> bool:
     )
 
 
-KEPT_CELLS_MAX = 6_000_000  # sessions x assets in each process; 41 bytes each
 MARKETS = KeptMarkets()
 
 

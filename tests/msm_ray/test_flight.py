@@ -197,3 +197,14 @@ def test_the_collector_is_itself_again_whatever_happened():
         fail()
     assert found[0] > before
     assert gc.get_threshold() == before
+
+
+def test_two_that_hold_the_collector_back_at_once_leave_it_as_it_was():
+    before = gc.get_threshold()
+    first, second = collecting_seldom(), collecting_seldom()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)  # a run in another thread ends earlier
+    assert gc.get_threshold() > before
+    second.__exit__(None, None, None)
+    assert gc.get_threshold() == before
