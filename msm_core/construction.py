@@ -72,8 +72,7 @@ class Window:
 class Construction:
     """Rows of one update: values at `times` (T,), one vector over `assets` (N,) per trade (K, N), and the order that is left.
 
-    volumes       (K, N) of the bar of each trade; NaN where unknown
-    input_digest  sha256 of the bars that it was computed from, and of the weights
+    window  what it was made of
     """
 
     times: Times
@@ -84,8 +83,21 @@ class Construction:
     bars: Bars
     opening: Opening
     trades: Trades
-    volumes: Floats
-    input_digest: str
+    window: Window
+
+    @cached_property
+    def input_digest(self) -> str:
+        """sha256 of the bars that it was computed from, and of the weights."""
+        bars = self.window.market.digests(self.window.job.columns, self.window.rows)
+        digest = hashlib.sha256(b"".join(bars))
+        for part in ("\0".join(self.assets).encode(), self.bars.times.tobytes(), self.trades.after.tobytes()):
+            digest.update(part)
+        return digest.hexdigest()
+
+    @cached_property
+    def volumes(self) -> Floats:
+        """(K, N) volume of the bar of each trade; NaN where unknown."""
+        return self.window.market.volumes[self.window.rows].take(self.window.job.columns, axis=1)[self.trades.rows]
 
     @cached_property
     def prices(self) -> Floats:
@@ -215,8 +227,7 @@ def finished(window: Window, trades: Trades) -> Construction | None:
         bars=bars,
         opening=opening,
         trades=trades,
-        volumes=market.volumes[window.rows][trades.rows].take(window.job.columns, axis=1),
-        input_digest=_digest(market.digests(window.job.columns, window.rows), window.assets, bars.times, trades.after),
+        window=window,
     )
 
 
@@ -337,13 +348,6 @@ def _order(state: State, assets: tuple[str, ...]) -> Order | None:
     own = np.array([place.get(a, -1) for a in assets], dtype=np.int64)
     goals, used = np.where(own >= 0, state.order.goals[own], np.nan), np.where(own >= 0, state.order.used[own], 0.0)
     return Order(state.watermark, goals, state.order.active_from, used)
-
-
-def _digest(bars: Sequence[bytes], assets: Sequence[str], times: Times, weights: Floats) -> str:
-    digest = hashlib.sha256(b"".join(bars))
-    for part in ("\0".join(assets).encode(), times.tobytes(), weights.tobytes()):
-        digest.update(part)
-    return digest.hexdigest()
 
 
 def _published(configuration: PortfolioConfiguration, market: Market, rows: slice, values: Floats, begun: np.ndarray) -> Floats:
