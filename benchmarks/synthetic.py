@@ -61,7 +61,8 @@ def fleet(
     count: int, rebalance_on: RebalanceOn, prefix: str = "p", start: date = FIRST, held: int = HELD, seed: int = 0
 ) -> list[PortfolioConfiguration]:
     """Portfolios with weights of their own over `held` of the assets; other ones for another seed."""
-    return [_portfolio(np.random.default_rng([SEED, seed, i, rebalance_on == "month_end"]), f"{prefix}{i:05d}", rebalance_on, start, held) for i in range(count)]
+    chance = (np.random.default_rng([SEED, seed, i, rebalance_on == "month_end"]) for i in range(count))
+    return [_portfolio(random, f"{prefix}{i:05d}", rebalance_on, start, held) for i, random in enumerate(chance)]
 
 
 def _portfolio(random: np.random.Generator, identifier: str, rebalance_on: RebalanceOn, start: date, held: int) -> PortfolioConfiguration:
