@@ -100,11 +100,11 @@ Outcome = list[NodeResult] | Exception
 
 
 class Executor(Protocol):
-    """Runs payloads. `slots` is how many can run at once."""
+    """Runs payloads, each of nodes of one kind. `slots` is how many can run at once."""
 
     @property
     def slots(self) -> int: ...
-    def submit(self, ticket: int, payload: str) -> None: ...
+    def submit(self, ticket: int, kind: str, payload: str) -> None: ...
     def wait(self) -> tuple[int, Outcome]: ...
     def close(self) -> None: ...
 
@@ -117,7 +117,7 @@ class LocalExecutor:
     def __init__(self) -> None:
         self._queue: deque[tuple[int, str]] = deque()
 
-    def submit(self, ticket: int, payload: str) -> None:
+    def submit(self, ticket: int, kind: str, payload: str) -> None:
         self._queue.append((ticket, payload))
 
     def wait(self) -> tuple[int, Outcome]:
@@ -166,7 +166,7 @@ class RayExecutor:
     def __init__(self, task_seconds_max: float = 1800.0, workers: int | None = None) -> None:
         self._is_local = not os.environ.get("RAY_ADDRESS")
         self._task_seconds_max, self._workers = task_seconds_max, workers
-        self._waiting: deque[tuple[int, str]] = deque()
+        self._waiting: deque[tuple[int, str, str]] = deque()
         self._tasks: dict[Any, _Task] = {}  # oldest first
 
     @functools.cached_property
@@ -211,16 +211,16 @@ class RayExecutor:
             log.warning("the database has too few connections for all workers", cpus=cpus, used=found.slots, remedy=remedy)
         return found
 
-    def submit(self, ticket: int, payload: str) -> None:
-        self._waiting.append((ticket, payload))
+    def submit(self, ticket: int, kind: str, payload: str) -> None:
+        self._waiting.append((ticket, kind, payload))
         self._hand_over()
 
     def _hand_over(self) -> None:
         """Give Ray what it may have, and start the clock of every batch that a worker can have: Ray serves them in order."""
         _, with_ray, keep_connections = self._parallelism
         while self._waiting and len(self._tasks) < with_ray:
-            ticket, payload = self._waiting.popleft()
-            name = f"update_{json.loads(payload)['kind'].removesuffix('s')}s"  # static, one per kind: the dashboard groups by it
+            ticket, kind, payload = self._waiting.popleft()
+            name = f"update_{kind.removesuffix('s')}s"  # static, one per kind: the dashboard groups by it
             self._tasks[self._remote.options(name=name).remote(payload, keep_connections)] = _Task(ticket)
         for task in islice(self._tasks.values(), self.slots):
             if task.since is None:

@@ -101,10 +101,10 @@ class Flight:
 
     def _submit(self, keys: list[Key]) -> None:
         nodes = [self.work[key] for key in sorted(keys)]
-        payload = encode_batch(keys[0][0], nodes, self.errand)
+        kind, _ = keys[0]
         self.tickets += 1
         self.flying[self.tickets] = keys
-        self.executor.submit(self.tickets, payload)
+        self.executor.submit(self.tickets, kind, encode_batch(kind, nodes, self.errand))
 
     def _land(self) -> list[NodeResult]:
         ticket, outcome = self.executor.wait()

@@ -247,7 +247,7 @@ def outcomes(processes: Processes, naps: list[float], task_seconds_max: float, m
     monkeypatch.setattr(executors, "run_batch", lambda payload, keep_connection: time.sleep(json.loads(payload)["nap"]) or [])
     executor = executor_on(processes, task_seconds_max)
     for ticket, nap in enumerate(naps):
-        executor.submit(ticket, json.dumps({"kind": "prices", "nap": nap}))
+        executor.submit(ticket, "prices", json.dumps({"kind": "prices", "nap": nap}))
     told = [executor.wait() for _ in naps]
     processes.close()
     return told

@@ -34,7 +34,7 @@ class Landing:
         self.slots, self.queue, self.batches = slots, deque[tuple[int, list[tuple[str, str]]]](), list[tuple[str, list[str]]]()
         self.most = 0
 
-    def submit(self, ticket: int, payload: str) -> None:
+    def submit(self, ticket: int, kind: str, payload: str) -> None:
         given = json.loads(payload)
         _, node_class = KINDS[given["kind"]]
         names = [node_class.model_validate(node).identifier for node in given["nodes"]]

@@ -43,7 +43,7 @@ class FakeExecutor:
         self.log: list[tuple[str, str]] = []  # ("submit" | "done", identifier)
         self.most = 0
 
-    def submit(self, ticket: int, payload: str) -> None:
+    def submit(self, ticket: int, kind: str, payload: str) -> None:
         assert ticket not in [t for t, _ in self.queue]
         self.queue.append((ticket, payload))
         self.submitted.append(identifiers(payload))
