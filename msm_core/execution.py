@@ -42,16 +42,13 @@ def tape_of(market: Market, frequency_times: Times) -> Tape:
     before = np.append(np.datetime64(-(2**62), "us"), market.grid[:-1])
     new = market.fresh & (market.bar_times > before[:, None])
     closes = market.sessions.closes
-    prices, volumes, liquidity = (np.where(new, block, np.nan) for block in (market.prices, market.volumes, market.liquidity))
     session = np.searchsorted(closes, market.grid)
     span = slice(0, 0)
     if len(market.grid):
         last = closes[min(session[-1], len(closes) - 1)]
         span = slice(int(np.searchsorted(frequency_times, market.grid[0])), int(np.searchsorted(frequency_times, last, "right")))
     schedule = frequency_times[span]
-    return Tape(
-        market.sessions, market.grid, session, prices, volumes, liquidity, schedule, np.searchsorted(closes, schedule), frequency_times
-    )  # fmt: skip
+    return Tape(market, new, session, schedule, np.searchsorted(closes, schedule), frequency_times)
 
 
 def execute(strategy: RebalanceStrategy, market: Market, tape: Tape, jobs: Sequence[Job], drifts: bool) -> list[Trades]:
@@ -97,6 +94,8 @@ class _Execution:
         usable = np.isfinite(market.prices) & (market.prices > 0)
         self.priced: np.ndarray = np.all(usable, axis=1)  # every asset of the market has a price at the row
         self.has_cash = any(job.cash is not None for job in jobs)
+        unmoved = np.ones(len(tape.times)) if self.has_cash else np.empty(0)
+        self.cash = np.column_stack([unmoved if job.cash is None else job.cash for job in jobs])  # (T, P) levels
         self.cash_struck = np.array([job.opening.cash for job in jobs])
         self.spare = np.where([job.opening.started for job in jobs], 1.0 - ordered_sum(self.weights), 0.0)  # weight of cash
         self.gone_from = np.where(self.real, market.gone_from[self.columns], NEVER)
@@ -207,13 +206,10 @@ class _Execution:
         ratio *= self.weights
         earned = ordered_sum(ratio, out=ratio)
         if self.has_cash:
-            earned = earned + self.spare * (self._cash(row) / self.cash_struck - 1.0)
+            earned = earned + self.spare * (self.cash[row] / self.cash_struck - 1.0)
         growth = 1.0 + earned
         before /= growth[:, None]
         return growth, before
-
-    def _cash(self, row: int) -> Floats:
-        return np.array([1.0 if job.cash is None else job.cash[row] for job in self.jobs])
 
     def _targets(self, new: np.ndarray, gone: np.ndarray | None) -> Floats:
         """(P, N) what is wanted where something is decided; whatever elsewhere."""
@@ -266,7 +262,7 @@ class _Execution:
         self.struck = _chosen(traded, struck, self.struck)
         if self.has_cash:
             self.spare = np.where(traded, 1.0 - ordered_sum(self.weights), self.spare)
-            self.cash_struck = np.where(traded, self._cash(row), self.cash_struck)
+            self.cash_struck = np.where(traded, self.cash[row], self.cash_struck)
 
     def _trades(self, p: int, kept: "_Kept") -> Trades:
         """A portfolio's own trades, and what is left of its order."""

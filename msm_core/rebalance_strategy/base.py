@@ -13,6 +13,7 @@ from typing import Annotated, ClassVar, Literal, Self
 import numpy as np
 from pydantic import AfterValidator, Field, model_validator
 
+from msm_core.alignment import Market
 from msm_core.errors import EmptyWindow, WeightOutOfBounds
 from msm_core.frames import Floats, Times, iso, ordered_sum
 from msm_core.identity import Spec
@@ -73,21 +74,40 @@ class WeightLimits(Spec):
 class Tape:
     """What a strategy may see of a market, bar by bar: T valuation times, A assets.
 
-    times, session  (T,) valuation times, and the index of the session that each lies in
-    prices, volumes, liquidity  (T, A) of bars that are new at that time; NaN where there is none: a bar is traded against once
+    new       (T, A) mask of bars that are new at that time: a bar is traded against once
+    session   (T,) index of the session that each valuation time lies in
     schedule, schedule_session  (U,) all valuation times from the first one of the tape to the end of its last session, future ones too
     calendar_times  all valuation times of the calendar
     """
 
-    sessions: Sessions
-    times: Times
+    market: Market
+    new: np.ndarray
     session: np.ndarray
-    prices: Floats
-    volumes: Floats
-    liquidity: Floats
     schedule: Times
     schedule_session: np.ndarray
     calendar_times: Times
+
+    @property
+    def sessions(self) -> Sessions:
+        return self.market.sessions
+
+    @property
+    def times(self) -> Times:
+        """(T,) valuation times."""
+        return self.market.grid
+
+    @cached_property
+    def prices(self) -> Floats:
+        """(T, A) of new bars; NaN where there is none. Like volumes and liquidity made for those strategies only that look."""
+        return np.where(self.new, self.market.prices, np.nan)
+
+    @cached_property
+    def volumes(self) -> Floats:
+        return np.where(self.new, self.market.volumes, np.nan)
+
+    @cached_property
+    def liquidity(self) -> Floats:
+        return np.where(self.new, self.market.liquidity, np.nan)
 
     def notional(self) -> Floats:
         """(T, A) price x volume of each bar; 0 where there is no bar, no volume or no usable price."""
