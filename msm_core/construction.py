@@ -334,18 +334,22 @@ def _opening(state: State | None, assets: tuple[str, ...]) -> Opening:
     if state is None:
         return Opening.fresh(len(assets))
     trade = state.last_trade
-    place = {asset: i for i, asset in enumerate(trade.assets)}
-    held = np.array([place.get(a, -1) for a in assets], dtype=np.int64)
+    held = _places(assets, trade.assets)
     weights = np.where(held >= 0, trade.weights[held], 0.0)
     prices, volumes = (np.where(held >= 0, column[held], np.nan) for column in (trade.prices, trade.volumes))
     return Opening(True, state.calculated_close, state.trade_value, weights, prices, volumes, order=_order(state, assets))
 
 
+def _places(assets: Sequence[str], among: Sequence[str]) -> np.ndarray:
+    """(N,) where each asset stands among some others; -1 = nowhere."""
+    place = {asset: i for i, asset in enumerate(among)}
+    return np.array([place.get(asset, -1) for asset in assets], dtype=np.int64)
+
+
 def _order(state: State, assets: tuple[str, ...]) -> Order | None:
     if state.order is None:
         return None
-    place = {asset: i for i, asset in enumerate(state.order.assets)}
-    own = np.array([place.get(a, -1) for a in assets], dtype=np.int64)
+    own = _places(assets, state.order.assets)
     goals, used = np.where(own >= 0, state.order.goals[own], np.nan), np.where(own >= 0, state.order.used[own], 0.0)
     return Order(state.watermark, goals, state.order.active_from, used)
 

@@ -61,7 +61,7 @@ def _instants(configuration: PortfolioConfiguration, sessions: Sessions, after: 
     """Session closes; with `signal_change` on an intraday grid all valuation times; for a strategy of the open the first of a session."""
     strategy, every = configuration.rebalance, np.arange(len(sessions.closes))
     if strategy.trades_at_open:
-        return Instants(np.minimum(sessions.opens + np.timedelta64(configuration.frequency), sessions.closes), every)
+        return Instants(sessions.first_times(configuration.frequency), every)
     if strategy.rebalance_on != "signal_change" or configuration.frequency >= timedelta(days=1):
         return Instants(sessions.closes, every)
     first = max(int(np.searchsorted(sessions.closes, after)) - strategy.execution_lag - 2, 0)
@@ -75,8 +75,7 @@ def _starts(configuration: PortfolioConfiguration, sessions: Sessions, instants:
     strategy = configuration.rebalance
     if strategy.execution_lag == 0:
         return instants.times
-    first = np.minimum(sessions.opens + np.timedelta64(configuration.frequency), sessions.closes)
-    starts = first if strategy.carries or strategy.trades_at_open else sessions.closes
+    starts = sessions.first_times(configuration.frequency) if strategy.carries or strategy.trades_at_open else sessions.closes
     session = instants.session + strategy.execution_lag
     return np.where(session < len(starts), starts[np.minimum(session, len(starts) - 1)], NEVER)
 

@@ -87,6 +87,10 @@ class Sessions:
             self._grids[frequency] = np.concatenate(grids) if grids else self.closes
         return self._grids[frequency]
 
+    def first_times(self, frequency: timedelta) -> Times:
+        """(S,) end of each session's first bar; its close where the session is shorter."""
+        return np.minimum(self.opens + np.timedelta64(frequency), self.closes)
+
     def period_ends(self, period: Period, through: int) -> np.ndarray:
         """Mask (S,) of sessions that are the last of their week (Monday to Sunday), month or quarter; local dates.
 

@@ -82,7 +82,7 @@ class IntradayTrend(ComputedSignal):
     def _directions(self, sessions: Sessions, grid: Times, values: dict[str, Floats], wanted: slice) -> tuple[np.ndarray, np.ndarray]:
         """(S, N) 1 or -1 of the sessions wanted, and whether it is known."""
         before = np.arange(wanted.start, wanted.stop) - 1
-        opened = np.minimum(sessions.opens[before] + np.timedelta64(self.frequency), sessions.closes[before])  # when its first bar is known
+        opened = sessions.first_times(self.frequency)[before]  # when its first bar is known
         ratio = _at(grid, values["prices"], sessions.closes[before]) / _at(grid, values["open"], opened)
         known = ~np.isnan(ratio) & (before >= 0)[:, None]
         return np.where(ratio - 1 > 0, 1, -1), known
