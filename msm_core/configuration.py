@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator, mo
 
 from msm_core.alignment import PriceAlignmentPolicy
 from msm_core.frames import format_frequency, parse_frequency
-from msm_core.identity import Spec, identity
+from msm_core.identity import Spec, canonical_fields, identity_of, joined
 from msm_core.price_sources import AnyPriceSource, PriceSource
 from msm_core.rebalance_strategy import REBALANCE_STRATEGIES, RebalanceStrategy
 from msm_core.signals import SIGNALS, Signal
@@ -130,9 +130,13 @@ class PortfolioConfiguration(Spec):
     @cached_property
     def configuration_hash(self) -> str:
         """Identity of what changes numbers: renaming a portfolio does not change it."""
-        build = self.portfolio_build_configuration.model_dump(exclude_none=True)
+        without_signal = {"backtesting_weights_configuration": {"signal_weights_instance"}}
+        build = self.portfolio_build_configuration.model_dump(exclude_none=True, exclude=without_signal)
+        weights = canonical_fields(build["backtesting_weights_configuration"])
+        weights["signal_weights_instance"] = joined(self.signal.canonical_fields)
         build["price_source_instance"] = self.price_source.identity_payload
-        return identity({"kind": self.kind, "portfolio_build_configuration": build})
+        fields = canonical_fields(build) | {"backtesting_weights_configuration": joined(weights)}
+        return identity_of(canonical_fields({"kind": self.kind}) | {"portfolio_build_configuration": joined(fields)})
 
     def _uid(self) -> str:
         return self.configuration_hash

@@ -111,15 +111,33 @@ def _canonical_number(value: float) -> int | float:
     return int(value) if value.is_integer() and abs(value) < EXACT_INTEGER_MAX else value
 
 
+_text = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False).encode
+
+
 def canonical_json(payload: Mapping[str, Any]) -> str:
-    return json.dumps(canonical(payload), sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
+    return _text(canonical(payload))
+
+
+def canonical_fields(payload: Mapping[str, Any]) -> dict[str, str]:
+    """Canonical JSON of each value, by key: parts that can go into more than one whole."""
+    return {key: _text(value) for key, value in canonical(payload).items()}
+
+
+def joined(fields: Mapping[str, str]) -> str:
+    """The canonical JSON of which `fields` are the parts."""
+    return "{" + ",".join(f"{_text(key)}:{fields[key]}" for key in sorted(fields)) + "}"
 
 
 def identity(payload: Mapping[str, Any]) -> str:
     """The uid of a specification: 32 hex digits of sha256 over its canonical JSON, `kind` included."""
-    if "version" in payload:
-        raise NotCanonical(value=payload["version"], path="$.version", why="the name is taken by the version of the identity itself")
-    body = canonical_json({"version": IDENTITY_VERSION, **payload})
+    return identity_of(canonical_fields(payload))
+
+
+def identity_of(fields: Mapping[str, str]) -> str:
+    """The same, of a specification in canonical parts."""
+    if "version" in fields:
+        raise NotCanonical(value=fields["version"], path="$.version", why="the name is taken by the version of the identity itself")
+    body = joined({"version": str(IDENTITY_VERSION), **fields})
     return hashlib.sha256(body.encode()).hexdigest()[:32]
 
 
@@ -143,8 +161,15 @@ class Spec(BaseModel):
         return self._uid()
 
     def _uid(self) -> str:
-        """Absent options are left out, so a later optional field does not rename everything that exists."""
-        return identity(self.model_dump(exclude_none=True))
+        return identity_of(self.canonical_fields)
+
+    @functools.cached_property
+    def canonical_fields(self) -> dict[str, str]:
+        """Canonical JSON of each field that is set, by name; what a portfolio's hash and its signal's uid are both made of is made once.
+
+        Absent options are left out, so a later optional field does not rename everything that exists.
+        """
+        return canonical_fields(self.model_dump(exclude_none=True))
 
     def remember(self, name: str, value: str) -> None:
         """An identity that another process of the same code has worked out for this very spec: it costs more than all else of a node."""

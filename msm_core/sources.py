@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -69,7 +70,12 @@ class Source:
         """The column that says whose numbers a row holds."""
         return SCOPES.get(self.kind, "asset_identifier")
 
-    @property
+    @cached_property
+    def problems(self) -> list[str]:
+        """What keeps it from being read, each with its remedy."""
+        return grain_problems(self.columns, self.readable, self.scope)
+
+    @cached_property
     def numeric(self) -> list[str]:
         return sorted(name for name, type_ in self.columns.items() if type_.split("(")[0] in NUMERIC_TYPES)
 

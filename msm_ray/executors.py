@@ -59,16 +59,15 @@ class Errand(NamedTuple):
 
 
 def encode_batch(kind: str, nodes: Sequence[WorkNode], errand: Errand) -> str:
-    return json.dumps(
-        {
-            "kind": kind,
-            "nodes": [node.model_dump(mode="json") for node in nodes],
-            "as_of": errand.as_of.isoformat(),
-            "run_uid": str(errand.run_uid) if errand.run_uid else None,
-            "snapshot": errand.snapshot,
-            "code_version": code_version(),
-        }
-    )
+    given = {
+        "kind": kind,
+        "as_of": errand.as_of.isoformat(),
+        "run_uid": str(errand.run_uid) if errand.run_uid else None,
+        "snapshot": errand.snapshot,
+        "code_version": code_version(),
+    }
+    documents = ",".join(node.model_dump_json() for node in nodes)  # pydantic writes text three times as fast as json does its plain data
+    return f'{json.dumps(given)[:-1]}, "nodes": [{documents}]}}'
 
 
 @collecting_seldom()

@@ -6,7 +6,8 @@ coverage of its own assets decide that, never a table-wide maximum.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from datetime import date, datetime, timedelta
+from functools import cached_property
 from typing import Generic, Literal, TypeVar
 
 from sqlalchemy import Connection
@@ -24,7 +25,7 @@ from msm_core.models import PortfolioRebalanceStateStorage, SignalWeightsStorage
 from msm_core.price_sources import PriceSource, SourceKey
 from msm_core.signals import Signal
 from msm_core.signals.computed import ComputedSignal
-from msm_core.sources import AssetFacts, Source, grain_problems, price_coverage, read_assets
+from msm_core.sources import AssetFacts, Source, price_coverage, read_assets
 from msm_core.storage import Progress, ProgressRows, Scope, last_trades, read_progress
 
 Reason = Literal[
@@ -72,6 +73,11 @@ class World:
     coverage: Mapping[tuple[SourceKey, str], Bounds]
     wanted: Mapping[SourceKey, set[str]]
     originals: Mapping[SourceKey, Bounds]
+
+    @cached_property
+    def delisted(self) -> dict[str, date]:
+        """Last trading days of the assets that have one."""
+        return {asset: facts.delisted_on for asset, facts in self.assets.items() if facts.delisted_on is not None}
 
 
 def read_world(
@@ -254,7 +260,7 @@ def _computed_end(signal: ComputedSignal, world: World, watermark: datetime | No
         if signal.stale_after_sessions is not None:
             continue  # whoever is silent may be left out; sessions are counted when it is computed
         covered = world.coverage[request.source.key, request.column]
-        listed = [a for a in request.identifiers if not _is_gone(world, a, as_of)]
+        listed = _not_gone(world, request.identifiers, as_of)
         absent = [a for a in listed if a not in covered]
         if absent and watermark is None:
             raise MissingPrices(
@@ -262,14 +268,20 @@ def _computed_end(signal: ComputedSignal, world: World, watermark: datetime | No
             )
         if absent:
             return watermark or as_of, absent[0]
-        ends += [(covered[a][1] + source.margin, a) for a in listed]
+        ends.append(_first_end(source, covered, listed, as_of))
     return min(ends)
 
 
-def _is_gone(world: World, asset: str, as_of: datetime) -> bool:
-    """It may be delisted by then, in some time zone; whether it is, its calendar tells when it is computed."""
-    facts = world.assets.get(asset)
-    return bool(facts and facts.delisted_on and facts.delisted_on <= as_of.date())
+def _not_gone(world: World, assets: Iterable[str], as_of: datetime) -> list[str]:
+    """Without those that may be delisted by then, in some time zone; whether they are, their calendar tells when they are computed."""
+    last, today = world.delisted, as_of.date()
+    return [asset for asset in assets if asset not in last or last[asset] > today]
+
+
+def _first_end(source: Source, covered: Bounds, assets: Iterable[str], as_of: datetime) -> Limit:
+    """Where the bars of the first of `assets` end; `as_of` without any."""
+    last, asset = min(((covered[asset][1], asset) for asset in assets), default=(None, ""))
+    return (as_of, "as of") if last is None else (last + source.margin, asset)
 
 
 def plan_portfolio(
@@ -350,7 +362,7 @@ def source_error(source: Source | MsmError, column: str, liquidity_column: str |
     """Why numbers of `column` cannot be read from a source, or a strategy cannot do without `liquidity_column`; None = they can."""
     if isinstance(source, MsmError):
         return source
-    wrong = grain_problems(source.columns, source.readable, source.scope)
+    wrong = list(source.problems)
     if column not in source.numeric:
         wrong.append(f"it has no numeric column {column!r}, only {', '.join(source.numeric)}; correct the name of the column")
     if liquidity_column is not None and liquidity_column not in source.numeric:
@@ -371,14 +383,14 @@ def _priced_end(
     signal = configuration.signal
     if isinstance(signal, ComputedSignal) and signal.stale_after_sessions is not None:
         return as_of, "as of"  # whoever is silent may be let go; sessions are counted when it is computed
-    required = [a for a in required if not _is_gone(world, a, as_of)]
+    required = _not_gone(world, required, as_of)
     absent = [a for a in required if a not in covered]
     if absent and start is None:
         facts = {"source": source.identifier, "column": configuration.price_column, "assets": ", ".join(absent)}
         raise MissingPrices(portfolio=configuration.identifier, **facts)
     if absent:
         return start or as_of, absent[0]
-    return min(((covered[a][1] + source.margin, a) for a in required), default=(as_of, "as of"))
+    return _first_end(source, covered, required, as_of)
 
 
 def _signal_end(configuration: PortfolioConfiguration, plan: NodePlan[SignalWeights], as_of: datetime) -> Limit:

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, AwareDatetime, Field, StringConstraints
 
 from msm_core.alignment import Market
 from msm_core.frames import Floats, SignalRows, Times, utc
-from msm_core.identity import Spec, identity
+from msm_core.identity import Spec, canonical_json, identity_of
 from msm_core.price_sources import PriceSource
 from msm_core.sessions import Sessions
 
@@ -106,9 +106,9 @@ class Signal(Spec):
 
     def _uid(self) -> str:
         """As of any spec; of a price source only what changes numbers counts."""
-        fields = self.model_dump(exclude_none=True)
-        sources = {name: getattr(self, name) for name in type(self).model_fields}
-        return identity({**fields, **{n: s.identity_payload for n, s in sources.items() if isinstance(s, PriceSource)}})
+        values = {name: getattr(self, name) for name in type(self).model_fields}
+        sources = {n: canonical_json(s.identity_payload) for n, s in values.items() if isinstance(s, PriceSource)}
+        return identity_of({**self.canonical_fields, **sources})
 
     @property
     def override(self) -> tuple[str, ...]:

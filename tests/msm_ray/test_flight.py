@@ -171,11 +171,11 @@ def test_a_worker_is_told_the_identities_and_does_not_work_them_out(monkeypatch)
     ]
     payloads = [json.loads(encode_batch(kind, [made], Errand(AS_OF))) for kind, made in zip(("portfolio", "signal"), sent, strict=True)]
 
-    def identity(payload: Any) -> str:
+    def identity_of(fields: Any) -> str:
         raise AssertionError("worked out again")
 
     for module in ("msm_core.configuration", "msm_core.signals.base"):
-        monkeypatch.setattr(f"{module}.identity", identity)
+        monkeypatch.setattr(f"{module}.identity_of", identity_of)
     portfolio_node, signal_node = (KINDS[p["kind"]][1].model_validate(p["nodes"][0]) for p in payloads)
     assert isinstance(portfolio_node, PortfoliosDataNode)
     found = portfolio_node.portfolio_configuration
