@@ -320,6 +320,49 @@ class IndexTaken(MsmError):
     message = "index {index} would be published by both {first} and {second}. Give each portfolio its own index."
 
 
+# -- accounts -----------------------------------------------------------------------------------------------------------
+
+
+class SnapshotRefused(MsmError):
+    """Snapshots with rows that cannot be stored; `problems` holds every one as {"snapshot", "row", "field", "reason"}, rows from 0."""
+
+    message = "{what}: {count} problems, so nothing was stored. The first: {first}."
+
+
+class SnapshotExists(MsmError):
+    message = "{what} of {owners} exist already. Pass overwrite=True to replace them whole."
+
+
+class SnapshotInUse(MsmError):
+    message = (
+        "holdings of {snapshots} are attributed to virtual funds ({funds}). Release those allocations first, then replace the snapshot."
+    )
+
+
+class TargetsRefused(MsmError):
+    """Target rows that cannot be expanded; `problems` holds every one."""
+
+    message = "{count} target rows cannot be expanded. The first: {first}."
+
+
+class ResolverMissing(MsmError):
+    message = "{count} targets are portfolios, and nothing says what they hold. Pass a resolver of their weights, such as CurrentWeights."
+
+
+class UnresolvedPortfolios(MsmError):
+    message = "no weights are known of portfolios {portfolios}. Run them up to that time, or take them out of the targets."
+
+
+class CyclicPortfolios(MsmError):
+    message = "portfolios hold each other: {cycle}. Break the cycle: no portfolio may hold itself."
+
+
+class AllocationRefused(MsmError):
+    """An allocation to virtual funds that cannot be; `problems` holds every reason."""
+
+    message = "{what}: {count} problems, so nothing was allocated. The first: {first}."
+
+
 # -- driver -------------------------------------------------------------------------------------------------------------
 
 

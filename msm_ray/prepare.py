@@ -33,7 +33,7 @@ from msm_core.data_nodes.interpolated_prices import storage_of
 from msm_core.database import check_server, sqlstate
 from msm_core.errors import MsmError, PrepareBusy, SourceNotRegistered, StorageCollision, StorageMismatch
 from msm_core.identity import identity, physical_name
-from msm_core.models import LOADED_NAMESPACE, STORAGES, MetaTable, StorageTable, TimeIndexMetaTable
+from msm_core.models import LOADED_NAMESPACE, SNAPSHOTS, STORAGES, MetaTable, StorageTable, TimeIndexMetaTable
 from msm_core.price_sources import PriceSource, SourceKey
 from msm_core.rows import upsert_rows
 from msm_core.sources import TIME_TYPE, Source, read_sources
@@ -195,7 +195,7 @@ def _restore_static(connection: Connection) -> list[str]:
 
 
 def _static_drift(connection: Connection) -> list[str]:
-    return comparison.drift(connection, MetaTable.metadata, STORAGES, comparison.operations(connection, MetaTable.metadata))
+    return comparison.drift(connection, MetaTable.metadata, (*STORAGES, *SNAPSHOTS), comparison.operations(connection, MetaTable.metadata))
 
 
 @contextmanager
@@ -222,7 +222,7 @@ def _catalogue_static(connection: Connection) -> list[str]:
     told = {
         name: dict(zip(("cadence", "time_label", "description"), facts, strict=True)) for name, *facts in fetch(connection, statement, {})
     }
-    rows = [_catalogue_row(storage) for storage in STORAGES]
+    rows = [_catalogue_row(storage) for storage in (*STORAGES, *SNAPSHOTS)]
     kept = [row | {n: v for n, v in told.get(str(row["identifier"]), {}).items() if v is not None} for row in rows]
     upsert_rows(connection, TimeIndexMetaTable, kept, key=("identifier",))
     return repaired

@@ -1,5 +1,15 @@
 """Typed rows: `from msm_core.api import Portfolio`, after `msm_core.start_engine(...)`."""
 
+from msm_core.api.accounts import (
+    Account,
+    AccountAllocationModel,
+    AccountGroup,
+    AccountHoldingsSet,
+    AccountTargetAllocation,
+    PositionSet,
+    VirtualFund,
+    VirtualFundHoldingsSet,
+)
 from msm_core.api.assets import Asset, AssetType
 from msm_core.api.base import Row
 from msm_core.api.calendars import Calendar, CalendarDate, CalendarEvent, CalendarSession
@@ -10,6 +20,11 @@ from msm_core.api.runtime import Runtime, one_transaction, start_engine
 from msm_core.api.sources import get_source, list_sources, register_source
 
 __all__ = [
+    "Account",
+    "AccountAllocationModel",
+    "AccountGroup",
+    "AccountHoldingsSet",
+    "AccountTargetAllocation",
     "Asset",
     "AssetType",
     "Calendar",
@@ -21,10 +36,13 @@ __all__ = [
     "Portfolio",
     "PortfolioGroup",
     "PortfolioMetadata",
+    "PositionSet",
     "RebalanceStrategyMetadata",
     "Row",
     "Runtime",
     "SignalMetadata",
+    "VirtualFund",
+    "VirtualFundHoldingsSet",
     "get_source",
     "list_sources",
     "one_transaction",

@@ -1,5 +1,20 @@
 """SQLAlchemy tables: the registry, the catalogue and ledger, the storages."""
 
+from msm_core.models.accounts import (
+    SNAPSHOTS,
+    AccountAllocationModelTable,
+    AccountGroupTable,
+    AccountHoldingsSetTable,
+    AccountHoldingsStorage,
+    AccountTable,
+    AccountTargetAllocationTable,
+    PositionSetTable,
+    SnapshotStorage,
+    TargetPositionsStorage,
+    VirtualFundHoldingsSetTable,
+    VirtualFundHoldingsStorage,
+    VirtualFundTable,
+)
 from msm_core.models.assets import AssetTable, AssetTypeTable, IndexTable, IndexTypeTable
 from msm_core.models.base import LOADED_NAMESPACE, MetaTable, RegistryTable, StorageTable
 from msm_core.models.calendars import CalendarDateTable, CalendarEventTable, CalendarSessionTable, CalendarTable
@@ -26,7 +41,14 @@ from msm_core.models.storages import (
 
 __all__ = [
     "LOADED_NAMESPACE",
+    "SNAPSHOTS",
     "STORAGES",
+    "AccountAllocationModelTable",
+    "AccountGroupTable",
+    "AccountHoldingsSetTable",
+    "AccountHoldingsStorage",
+    "AccountTable",
+    "AccountTargetAllocationTable",
     "AssetTable",
     "AssetTypeTable",
     "CalendarDateTable",
@@ -48,12 +70,18 @@ __all__ = [
     "PortfolioTable",
     "PortfolioWeightsStorage",
     "PortfoliosStorage",
+    "PositionSetTable",
     "RebalanceStrategyMetadataTable",
     "RegistryTable",
     "RunNodeTable",
     "RunTable",
     "SignalMetadataTable",
     "SignalWeightsStorage",
+    "SnapshotStorage",
     "StorageTable",
+    "TargetPositionsStorage",
     "TimeIndexMetaTable",
+    "VirtualFundHoldingsSetTable",
+    "VirtualFundHoldingsStorage",
+    "VirtualFundTable",
 ]

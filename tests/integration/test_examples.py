@@ -56,7 +56,7 @@ def test_a_run_refuses_before_prepare_and_creates_nothing(empty_engine: Engine) 
 
 def test_prepare_schema(empty_engine: Engine) -> None:  # R50-R54, R57, R59
     pending = script("prepare_schema", "--check", code=10)
-    assert f"pending    0001, 0002, 0003, {FILLED}\n" in pending
+    assert f"pending    0001, 0002, 0003, 0004, {FILLED}\n" in pending
     ddl = script("prepare_schema", "--sql")
     assert "CREATE TABLE msm__external_prices (" in ddl
     assert f"CREATE TABLE {FILLED} (" in ddl
@@ -71,7 +71,7 @@ def test_prepare_schema(empty_engine: Engine) -> None:  # R50-R54, R57, R59
         "intraday_bar_interpolation_rule": "ffill",
     }
     steps = [
-        "static     applied 0001, 0002, 0003",
+        "static     applied 0001, 0002, 0003, 0004",
         f"source     ExternalPricesTS: uid {uid}, cadence 1d, table msm__external_prices",
         f"storage    InterpolatedPricesTS.{FILLED[-16:]}: class InterpolatedPricesStorage_{FILLED[-16:]}, table {FILLED}",
         *(f"           {name} = {value}" for name, value in policy.items()),

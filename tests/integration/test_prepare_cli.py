@@ -47,13 +47,13 @@ def test_check_is_three_lists_and_an_exit_code(run_cli: Cli, empty_engine: Engin
     code, found = run_cli("prepare", "--check", "-f", str(fleet))
     assert code == 10
     assert found.keys() == {"pending", "drifted", "missing"}
-    assert (found["pending"], found["drifted"]) == (["0001", "0002", "0003", FILLED, EXACT], [])
+    assert (found["pending"], found["drifted"]) == (["0001", "0002", "0003", "0004", FILLED, EXACT], [])
     assert "msm__portfolios" in found["missing"]
     assert relations(empty_engine) == []
-    assert run_cli("prepare", "--check")[1]["pending"] == ["0001", "0002", "0003"]  # nothing can be stored yet
+    assert run_cli("prepare", "--check")[1]["pending"] == ["0001", "0002", "0003", "0004"]  # nothing can be stored yet
 
     code, done = run_cli("prepare", "-f", str(fleet))
-    assert (code, done) == (0, NOTHING | {"applied": ["0001", "0002", "0003", FILLED, EXACT], "configurations_stored": 3})
+    assert (code, done) == (0, NOTHING | {"applied": ["0001", "0002", "0003", "0004", FILLED, EXACT], "configurations_stored": 3})
     assert run_cli("prepare", "--check", "-f", str(fleet)) == (0, CLEAN)
     assert run_cli("prepare", "--check") == (0, CLEAN)
 

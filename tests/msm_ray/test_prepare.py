@@ -127,12 +127,12 @@ def state(engine: Engine) -> tuple[Any, Any]:
 
 def test_an_empty_database_is_prepared_and_nothing_is_left_to_generate(empty_engine: Engine) -> None:  # R14, R29
     before = prepare.check(empty_engine)
-    assert before.pending == ("0001", "0002", "0003")
+    assert before.pending == ("0001", "0002", "0003", "0004")
     assert set(before.missing) == set(MetaTable.metadata.tables)
     assert "CREATE TABLE msm__portfolios" in prepare.ddl(empty_engine)
     assert tables(empty_engine) == set()  # checking and printing changed nothing
 
-    assert prepare.prepare(empty_engine).pending == ("0001", "0002", "0003")
+    assert prepare.prepare(empty_engine).pending == ("0001", "0002", "0003", "0004")
     assert prepare.prepare(empty_engine).pending == ()  # R59
     assert prepare.check(empty_engine) == CLEAN
     with empty_engine.connect() as connection:  # `alembic check`
@@ -184,11 +184,11 @@ def test_the_newest_revision_can_be_taken_back_and_put_on_again_over_data(engine
     with engine.begin() as connection:
         command.downgrade(prepare.alembic_config(connection), "0001")
     assert data() == before
-    assert prepare.check(engine, [policy()]).pending == ("0002", "0003")
+    assert prepare.check(engine, [policy()]).pending == ("0002", "0003", "0004")
     printed = prepare.ddl(engine, [policy()])
     assert "ADD COLUMN revision" in printed
     assert re.findall(r"CREATE TABLE (\w+)", printed) == ["msm__portfolio_rebalance_state"]
-    assert prepare.prepare(engine, [policy()]).pending == ("0002", "0003")
+    assert prepare.prepare(engine, [policy()]).pending == ("0002", "0003", "0004")
     assert data() == before
     assert prepare.check(engine, [policy()]) == CLEAN
 
@@ -303,7 +303,7 @@ def test_checking_and_printing_change_nothing_and_what_is_printed_can_be_run_by_
     engine: Engine = request.getfixturevalue(fixture)
     wanted = [policy(), policy(rule="none")]
     names = tuple(sorted(table_of(p, "1d") for p in wanted))
-    static = () if fixture == "engine" else ("0001", "0002", "0003")
+    static = () if fixture == "engine" else ("0001", "0002", "0003", "0004")
     before = state(engine)
     reader = create_engine(engine.url, connect_args={"options": "-c default_transaction_read_only=on"})  # one that may not write
     assert prepare.check(reader, wanted).pending == (*static, *names)
@@ -603,7 +603,7 @@ def processes(engine: Engine, count: int, wanted: Sequence[InterpolatedPrices], 
 def test_concurrent_preparers_wait_for_each_other(empty_engine: Engine) -> None:
     with ThreadPoolExecutor(4) as pool:
         done = [f.result() for f in [pool.submit(prepare.prepare, empty_engine) for _ in range(4)]]
-    assert sorted(d.pending for d in done) == [(), (), (), ("0001", "0002", "0003")]
+    assert sorted(d.pending for d in done) == [(), (), (), ("0001", "0002", "0003", "0004")]
 
 
 def test_eight_processes_prepare_an_empty_database_at_once(empty_engine: Engine) -> None:
