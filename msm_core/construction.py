@@ -18,7 +18,7 @@ from msm_core.configuration import PortfolioConfiguration
 from msm_core.decisions import decided_events
 from msm_core.errors import MissingPrices, ScopeUndetermined
 from msm_core.execution import Job, execute, tape_of
-from msm_core.frames import TICK, Floats, LastTrade, Times
+from msm_core.frames import TICK, Floats, LastTrade, Times, iso
 from msm_core.signals import Vectors
 from msm_core.signals.computed import ComputedSignal
 from msm_core.valuation import ACCOUNTINGS, Bars, Opening, Order, Trades
@@ -243,6 +243,27 @@ def construct(
     if isinstance(trades, Exception):
         raise trades
     return finished(window, trades)
+
+
+def current_weights(
+    configuration: PortfolioConfiguration, market: Market, trade: LastTrade, growth: float, at: np.datetime64
+) -> tuple[Floats, Floats]:
+    """Weights and prices (N,), over the assets of its last trade, that a portfolio has at a valuation time `at`.
+
+    growth = V(at) / V(trade), fees of the trade paid. Under `drifted` accounting w * (P(at) / P(trade)) / growth, under `target` the
+    weights as struck (design.md section 6); what they lack to 1 is cash. A price is NaN where nothing is held and none is known.
+    Raises MissingPrice or InvalidPrice of what is held, MissingPrices where `at` is no valuation time any more.
+    """
+    row = int(np.searchsorted(market.grid, at))
+    if row == len(market.grid) or market.grid[row] != at:
+        assets = f"any asset at {iso(at)}, which is no valuation time of calendar {market.sessions.calendar}"
+        raise MissingPrices(portfolio=configuration.identifier, source=market.source, column=market.column, assets=assets)
+    bars, held = _bars(market, trade.assets, slice(row, row + 1)), trade.weights != 0
+    bars.require(held[None, :], configuration.identifier)
+    prices = bars.prices[0]
+    if configuration.execution.weight_accounting == "target":
+        return trade.weights, prices
+    return np.where(held, trade.weights * (prices / trade.prices) / growth, 0.0), prices
 
 
 def _begin(configuration: PortfolioConfiguration, market: Market, vectors: Vectors, end: np.datetime64) -> np.datetime64:

@@ -117,8 +117,8 @@ def read_signal_weights(connection: Connection, signal_uids: Sequence[str], sinc
     return {signal_uid: SignalRows(*columns) for signal_uid, *columns in found}
 
 
-def last_trades(connection: Connection, portfolios: Sequence[str]) -> dict[str, LastTrade]:
-    """The last weights vector per portfolio; a portfolio that never traded is absent."""
+def last_trades(connection: Connection, portfolios: Sequence[str], through: datetime | None = None) -> dict[str, LastTrade]:
+    """The last weights vector per portfolio, struck at or before `through`; a portfolio that never traded is absent."""
     statement = sql.SQL("""
         SELECT u.id, s.times, s.assets, s.weights, s.prices, s.volumes
         FROM unnest(%(ids)s::text[]) u(id) CROSS JOIN LATERAL (
@@ -126,14 +126,31 @@ def last_trades(connection: Connection, portfolios: Sequence[str]) -> dict[str, 
                    array_agg(coalesce(q.price_current, 'NaN')), array_agg(coalesce(q.volume_current, 'NaN')) FROM (
                 SELECT w.* FROM {table} w
                 WHERE w.portfolio_identifier = u.id AND w.time_index = coalesce(
-                    (SELECT max(m.time_index) FROM {table} m WHERE m.portfolio_identifier = u.id AND m.time_index > (
+                    (SELECT max(m.time_index) FROM {table} m WHERE m.portfolio_identifier = u.id {through} AND m.time_index > (
                         SELECT max(p.watermark) - {recent} FROM {progress} p WHERE p.storage = %(storage)s AND p.scope = ANY(%(ids)s))),
-                    (SELECT max(m.time_index) FROM {table} m WHERE m.portfolio_identifier = u.id))
+                    (SELECT max(m.time_index) FROM {table} m WHERE m.portfolio_identifier = u.id {through}))
                 ORDER BY w.asset_identifier) q) s(times, assets, weights, prices, volumes)
         WHERE s.times IS NOT NULL
-    """).format(table=_name(PortfolioWeightsStorage), progress=_name(DataNodeUpdateTable), recent=RECENT)
-    found = fetch(connection, statement, {"ids": list(portfolios), "storage": PortfolioWeightsStorage.logical_name()})
+    """).format(
+        table=_name(PortfolioWeightsStorage),
+        progress=_name(DataNodeUpdateTable),
+        recent=RECENT,
+        through=sql.SQL("" if through is None else "AND m.time_index <= %(through)s"),
+    )
+    given = {"ids": list(portfolios), "storage": PortfolioWeightsStorage.logical_name()}
+    found = fetch(connection, statement, given if through is None else given | {"through": through})
     return {i: LastTrade(times[0], tuple(assets), weights, prices, volumes) for i, times, assets, weights, prices, volumes in found}
+
+
+def last_values(connection: Connection, portfolios: Sequence[str], through: datetime) -> dict[str, tuple[np.datetime64, float]]:
+    """(time, calculated_close) of the last value per portfolio at or before `through`; one without any is absent."""
+    statement = sql.SQL("""
+        SELECT u.id, v.time_index, v.calculated_close FROM unnest(%(ids)s::text[]) u(id) CROSS JOIN LATERAL (
+            SELECT p.time_index, p.calculated_close FROM {table} p
+            WHERE p.portfolio_identifier = u.id AND p.time_index <= %(through)s ORDER BY p.time_index DESC LIMIT 1) v
+    """).format(table=_name(PortfoliosStorage))
+    found = fetch(connection, statement, {"ids": list(portfolios), "through": through})
+    return {i: (utc(time, "time_index"), value) for i, time, value in found}
 
 
 ValueKey = tuple[str, np.datetime64]

@@ -13,11 +13,13 @@ from msm_core.errors import MsmError, SelectionError
 from msm_core.storage import verify_prepared
 from msm_core.verification import verify as verify_storages
 from msm_ray import ledger
+from msm_ray.cli_accounts import accounts_app
 from msm_ray.cli_db import db_app
 from msm_ray.cli_kinds import kinds
 from msm_ray.cli_prepare import EXIT_PENDING, FileOption, prepare
 from msm_ray.cli_prices import prices_app, sources_app
 from msm_ray.cli_run import AsOfOption, RefreshOption, SelectOption, demo, retry, run
+from msm_ray.cli_show import show_app
 from msm_ray.console import EXIT_CRASH, Output, OutputOption, configure_logging, emit_json, emit_table, out, tell_error
 from msm_ray.events import HELP as EVENTS
 from msm_ray.fleet import fleet_json_schema, load_fleet
@@ -35,6 +37,8 @@ app = typer.Typer(
 app.add_typer(db_app, name="db")
 app.add_typer(sources_app, name="sources")
 app.add_typer(prices_app, name="prices")
+app.add_typer(accounts_app, name="accounts")
+app.add_typer(show_app, name="show")
 
 
 def main() -> None:

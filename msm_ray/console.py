@@ -23,6 +23,7 @@ from msm_core.errors import (
     EmptySchedule,
     InvalidNamespace,
     MsmError,
+    RowNotFound,
     RunNotFound,
     SelectionError,
     SourceConflict,
@@ -37,7 +38,7 @@ from msm_core.errors import (
 
 EXIT_CRASH, EXIT_USAGE = 1, 2
 USAGE_ERRORS = (
-    *(ConfigurationError, SelectionError, DatabaseNotConfigured, InvalidNamespace, StorageNotPrepared, RunNotFound),
+    *(ConfigurationError, SelectionError, DatabaseNotConfigured, InvalidNamespace, StorageNotPrepared, RunNotFound, RowNotFound),
     *(SourceNotRegistered, SourceUnusable, SourceConflict, UnusableFile, CalendarNotFound, EmptySchedule),
     *(StorageMismatch, StorageCollision, UnknownKind, CyclicPlan),
 )

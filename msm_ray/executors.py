@@ -14,7 +14,7 @@ import time
 import urllib.request
 import uuid
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import structlog
+from sqlalchemy import Engine
 
 from msm_core.data_nodes.base import Batch, NodeKind, NodeResult, update_batch
 from msm_core.data_nodes.construction import PortfolioKind
@@ -29,10 +30,11 @@ from msm_core.data_nodes.interpolated_prices import InterpolatedAsset
 from msm_core.data_nodes.interpolation import PricesKind
 from msm_core.data_nodes.portfolios import PortfoliosDataNode
 from msm_core.data_nodes.signals import SignalKind, SignalWeights
-from msm_core.database import connections_left, get_engine, redact, where
+from msm_core.database import connections_left, get_engine, redact, retrying, transaction, where
 from msm_core.errors import RayUnavailable, StaleCode, TaskTimedOut, TooFewConnections, WorkerLost
 from msm_core.garbage import collecting_seldom
 from msm_core.plugins import code_version
+from msm_core.services.account_exposure import AccountExposure, expand_account_targets
 from msm_core.settings import Settings
 
 log = structlog.get_logger()
@@ -44,6 +46,7 @@ KINDS: dict[str, tuple[NodeKind[Any], type[WorkNode]]] = {
     "signal": (SignalKind(), SignalWeights),
     "portfolio": (PortfolioKind(), PortfoliosDataNode),
 }
+ACCOUNTS = "accounts"
 START_SECONDS_MAX = 90
 POLL_SECONDS = 5.0
 BATCHES_PER_PROCESS_MAX = 200  # then a fresh one takes over: libraries leak; a start costs seconds
@@ -59,26 +62,46 @@ class Errand(NamedTuple):
 
 
 def encode_batch(kind: str, nodes: Sequence[WorkNode], errand: Errand) -> str:
-    given = {
+    """Nodes of one kind, to be brought up to date."""
+    given = _addressed(kind, errand)
+    documents = ",".join(node.model_dump_json() for node in nodes)  # pydantic writes text three times as fast as json does its plain data
+    return f'{json.dumps(given)[:-1]}, "nodes": [{documents}]}}'
+
+
+def encode_accounts(accounts: Sequence[str], errand: Errand, net: bool) -> str:
+    """Accounts whose target positions are to be expanded: it reads, and writes nothing."""
+    return json.dumps({**_addressed(ACCOUNTS, errand), "accounts": list(accounts), "net": net})
+
+
+def _addressed(kind: str, errand: Errand) -> dict[str, str | None]:
+    return {
         "kind": kind,
         "as_of": errand.as_of.isoformat(),
         "run_uid": str(errand.run_uid) if errand.run_uid else None,
         "snapshot": errand.snapshot,
         "code_version": code_version(),
     }
-    documents = ",".join(node.model_dump_json() for node in nodes)  # pydantic writes text three times as fast as json does its plain data
-    return f'{json.dumps(given)[:-1]}, "nodes": [{documents}]}}'
 
 
 @collecting_seldom()
-def run_batch(payload: str, keep_connection: bool = True) -> list[NodeResult]:
-    """What a worker does with a payload. Raises StaleCode when driver and worker are different installations.
+def run_batch(payload: str, keep_connection: bool = True) -> Any:
+    """What a worker does with a payload: results of nodes, or exposure of accounts. Raises StaleCode when driver and worker are
+    different installations.
 
     Without `keep_connection` it leaves none open: idle processes, of which there can be more than batches, then hold nothing.
     """
     given = json.loads(payload)
     if given["code_version"] != code_version():
         raise StaleCode(worker=code_version(), driver=given["code_version"])
+    engine = get_engine()
+    try:
+        return (_expand if given["kind"] == ACCOUNTS else _update)(engine, given)
+    finally:
+        if not keep_connection:
+            engine.dispose()
+
+
+def _update(engine: Engine, given: Mapping[str, Any]) -> list[NodeResult]:
     kind, node_class = KINDS[given["kind"]]
     batch = Batch(
         kind=kind,
@@ -87,15 +110,17 @@ def run_batch(payload: str, keep_connection: bool = True) -> list[NodeResult]:
         run_uid=uuid.UUID(given["run_uid"]) if given["run_uid"] else None,
         snapshot=given["snapshot"],
     )
-    engine = get_engine()
-    try:
-        return update_batch(engine, batch)
-    finally:
-        if not keep_connection:
-            engine.dispose()
+    return update_batch(engine, batch)
 
 
-Outcome = list[NodeResult] | Exception
+def _expand(engine: Engine, given: Mapping[str, Any]) -> AccountExposure:
+    for attempt in retrying():
+        with attempt, transaction(engine, read_only=True, snapshot=given["snapshot"]) as connection:
+            return expand_account_targets(connection, given["accounts"], datetime.fromisoformat(given["as_of"]), given["net"])
+    raise AssertionError("unreachable: the last attempt raises")
+
+
+Outcome = Any  # what `run_batch` returned, or the exception that ended it
 
 
 class Executor(Protocol):

@@ -86,7 +86,7 @@ def _selectable(configuration: PortfolioConfiguration, result: dict[str, Any]) -
     )
 
 
-def parse_as_of(text: str | None) -> datetime:
+def parse_as_of(text: str | None, option: str = "--as-of") -> datetime:
     """A date means the end of that UTC day; an instant needs an offset. The default is now, read here once and never below."""
     if text is None:
         return datetime.now(UTC)
@@ -95,7 +95,7 @@ def parse_as_of(text: str | None) -> datetime:
             return datetime.combine(date.fromisoformat(text), time(), UTC) + timedelta(days=1)
         instant = datetime.fromisoformat(text)
     except ValueError:
-        raise ConfigurationError(problems=f"--as-of {text}: neither a date (2024-06-28) nor an instant (2024-06-28T20:00:00Z)") from None
+        raise ConfigurationError(problems=f"{option} {text}: neither a date (2024-06-28) nor an instant (2024-06-28T20:00:00Z)") from None
     if instant.tzinfo is None:
-        raise ConfigurationError(problems=f"--as-of {text}: an instant needs an offset, for example {text}Z")
+        raise ConfigurationError(problems=f"{option} {text}: an instant needs an offset, for example {text}Z")
     return instant.astimezone(UTC)

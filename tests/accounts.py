@@ -1,6 +1,5 @@
 """A small registry of accounts: assets, portfolios, and accounts with one allocation each."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -39,7 +38,7 @@ def book(assets: int = 9, portfolios: int = 2, accounts: int = 1) -> Book:
 
 
 @pytest.fixture
-def small(engine: object) -> Iterator[Book]:
+def small(engine: object) -> Book:
     """Nine assets, two portfolios, one account, on an attached engine."""
     start_engine()
-    yield book()
+    return book()

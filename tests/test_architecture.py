@@ -52,7 +52,7 @@ PURE_NAMES = (
     *("sessions", "alignment", "price_sources", "cash", "decisions", "valuation", "execution", "construction"),
     *("configuration", "interpolation"),
 )
-PURE = {f"msm_core/{name}.py" for name in (*BASE, *PURE_NAMES)}
+PURE = {f"msm_core/{name}.py" for name in (*BASE, *PURE_NAMES, "services/allocation")}
 FAMILIES = ("msm_core/signals/", "msm_core/rebalance_strategy/")
 
 

@@ -50,9 +50,7 @@ def downgrade() -> None:
     op.alter_column(t("run_node"), "identifier", type_=sa.String(255, collation="C"), comment="signal_uid or portfolio_identifier")
     op.alter_column(t("run_node"), "kind", comment="signal or portfolio")
     op.alter_column(t("data_node_update"), "kind", comment="signal_weights, portfolio_weights, portfolios or portfolio_index")
-    op.alter_column(
-        t("time_index_meta_table"), "kind", comment="prices, signal_weights, portfolio_weights, portfolios or portfolio_index"
-    )
+    op.alter_column(t("time_index_meta_table"), "kind", comment="prices, signal_weights, portfolio_weights, portfolios or portfolio_index")
     op.drop_column(t("time_index_meta_table"), "revision")
     op.drop_index(op.f(f"ix_{t('asset')}_calendar_uid"), table_name=t("asset"))
     op.drop_column(t("asset"), "calendar_uid")

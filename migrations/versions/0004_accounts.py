@@ -217,7 +217,6 @@ def upgrade() -> None:
     )
     op.create_index(None, t("target_positions"), ["asset_uid"], unique=False)
     op.create_index(None, t("target_positions"), ["portfolio_uid"], unique=False)
-    op.create_index(None, t("target_positions"), ["position_set_uid", "target_type", "target_uid"], unique=False)
     op.create_table(
         t("virtual_fund_holdings_set"),
         sa.Column("uid", sa.Uuid(), nullable=False, comment="made by the client; stable for the life of the row"),

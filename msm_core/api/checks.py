@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from sqlalchemy import CheckConstraint, Column, ForeignKeyConstraint, String, UniqueConstraint
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.dialects.postgresql import JSONB, dialect
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 
 from msm_core.database import redact, sqlstate
@@ -19,6 +19,8 @@ from msm_core.models.base import Identifier
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 UNSTORABLE = re.compile("[\x00\ud800-\udfff]")  # Postgres text takes neither NUL nor half a surrogate pair
 SHOWN_CHARS_MAX = 60
+Rule = ForeignKeyConstraint | UniqueConstraint | CheckConstraint
+NAMES = dialect().identifier_preparer  # names of constraints as the database has them: cut, with a digest, where too long
 
 
 # -- values -----------------------------------------------------------------------------------------------------------------------
@@ -106,8 +108,9 @@ def _why(model: type[MetaTable], error: DBAPIError) -> str:
     match sqlstate(error), _constraint(diagnostics):
         case (("23503" | "23001"), ForeignKeyConstraint() as key) if key.table.name == model.__tablename__:
             target = _concept(key.referred_table.name)
-            value = re.search(r"=\((.*?)\)", diagnostics.message_detail or "")  # uids only: no foreign key is on a client's value
-            return f"{_columns(key)} names no {target} row{f' ({value[1]})' if value else ''}. Store the {target} first, or correct the uid"
+            value = re.search(r"=\((.*?)\)", diagnostics.message_detail or "")
+            named = f" ({shown(value[1])[1:-1]})" if value else ""
+            return f"{_columns(key)} names no {target} row{named}. Store the {target} first, or correct the name"
         case (("23503" | "23001"), ForeignKeyConstraint() as key):  # Postgres 18 tells RESTRICT (23001) from the rest
             return f"the row is still referenced by {_concept(key.table.name)}.{_columns(key)}. Repoint or delete those rows first"
         case "23505", UniqueConstraint() as unique:
@@ -120,11 +123,14 @@ def _why(model: type[MetaTable], error: DBAPIError) -> str:
     return f"the database refused it ({text}). Correct the values"
 
 
-def _constraint(diagnostics: Any) -> ForeignKeyConstraint | UniqueConstraint | CheckConstraint | None:
+def _constraint(diagnostics: Any) -> Rule | None:
     name, table_name = getattr(diagnostics, "constraint_name", None), getattr(diagnostics, "table_name", None)
     table = MetaTable.metadata.tables.get(table_name) if table_name else None
     for constraint in table.constraints if table is not None else ():
-        if constraint.name == name and isinstance(constraint, ForeignKeyConstraint | UniqueConstraint | CheckConstraint):
+        if (
+            isinstance(constraint, ForeignKeyConstraint | UniqueConstraint | CheckConstraint)
+            and NAMES.format_constraint(constraint) == name
+        ):
             return constraint
     return None
 

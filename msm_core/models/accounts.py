@@ -190,7 +190,6 @@ class TargetPositionsStorage(SnapshotStorage):
         ForeignKeyConstraint(
             ["position_set_uid", "time_index"], [PositionSetTable.uid, PositionSetTable.position_set_time], ondelete="CASCADE"
         ),
-        Index(None, "position_set_uid", "target_type", "target_uid"),
     )
     position_set_uid: Mapped[uuid.UUID] = column(Uuid, "the snapshot", primary_key=True)
     time_index: Mapped[datetime] = instant("its position_set_time, UTC", primary_key=True)

@@ -1,1 +1,4 @@
-"""Account-side services: snapshots, target-position expansion, virtual funds, reads for people. No fleet comes here, and they change no history."""
+"""Account-side services: snapshots, target-position expansion, virtual funds, reads for people.
+
+No fleet comes here, and nothing here changes the history of a portfolio.
+"""

@@ -14,18 +14,24 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pandas as pd
 import pytest
 from sqlalchemy import Engine, event
 from structlog.testing import capture_logs
 
+import msm_core
 from msm_core import database
+from msm_core.api import Portfolio
 from msm_core.database import transaction
 from msm_core.errors import RayUnavailable, TaskTimedOut, TooFewConnections
+from msm_core.services.snapshots import TargetSnapshot, replace_target_positions
 from msm_core.verification import verify
 from msm_ray import demo, executors
+from msm_ray.account_fleet import expand_fleet
 from msm_ray.executors import LocalExecutor, Parallelism, RayExecutor, parallelism
 from msm_ray.run import Options, run_fleet
 from tests import factories
+from tests.accounts import book
 
 
 def test_ray_and_one_process_store_the_same_bits(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # R97, R98
@@ -41,14 +47,25 @@ def test_ray_and_one_process_store_the_same_bits(engine: Engine, tmp_path: Path,
         local = run_fleet(engine, configurations, LocalExecutor(), demo.AS_OF, Options(full_refresh=True))
         with transaction(engine, read_only=True) as connection:
             in_process = verify(connection)
+        _want_everything(6)
+        far, near = (expand_fleet(engine, executor, demo.AS_OF).exposure for executor in (ray, LocalExecutor()))
     finally:
         ray.close()
+    assert len(far) > 1_000
+    pd.testing.assert_frame_equal(far, near)
     assert (landed.counts()["landed"], local.counts()["landed"]) == (20, 20)
     assert on_ray == in_process
     assert on_ray.violations == ()
     token = tmp_path / "ray_token"
     assert stat.S_IMODE(token.stat().st_mode) == 0o600
     assert len(token.read_text()) == 64
+
+
+def _want_everything(accounts: int) -> None:
+    """Each account wants every portfolio."""
+    msm_core.start_engine()
+    positions = [{"portfolio_uid": p.uid, "weight_notional_exposure": 0.05} for p in Portfolio.filter()]
+    replace_target_positions([TargetSnapshot(a, demo.AS_OF, positions) for a in book(0, 0, accounts).allocations])
 
 
 def test_a_fleet_with_nothing_to_do_does_not_start_ray(engine: Engine) -> None:

@@ -11,7 +11,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from typing import Any
+from uuid import UUID
 
 import pandas as pd
 import pytest
@@ -31,13 +33,19 @@ from msm_core.data_nodes.interpolated_prices import InterpolatedPrices, resolve_
 from msm_core.data_nodes.prices import APIDataNode
 from msm_core.errors import PrepareBusy, StorageCollision, StorageMismatch, StorageNotPrepared
 from msm_core.identity import storage_uid
-from msm_core.models import STORAGES, InterpolatedPricesStorage, MetaTable
+from msm_core.models import SNAPSHOTS, STORAGES, InterpolatedPricesStorage, MetaTable
 from msm_core.sources import Source
 from msm_ray import prepare
 from tests.factories import equal, frame, open_market, portfolio, progress, relations, rival, run, sql, statuses, versions, walks
 
 CATALOGUE = "msm__time_index_meta_table"
 EXTERNAL = "ExternalPricesTS"
+ACCOUNTS = {"AccountHoldingsTS", "TargetPositionsTS", "VirtualFundHoldingsTS"}  # what revision 0004 adds to the catalogue
+ACCOUNT_TABLES = {
+    *("msm__account", "msm__account_group", "msm__account_allocation_model", "msm__account_target_allocation", "msm__position_set"),
+    *("msm__target_positions", "msm__account_holdings_set", "msm__account_holdings", "msm__virtual_fund"),
+    *("msm__virtual_fund_holdings_set", "msm__virtual_fund_holdings"),
+}
 MINUTES = "vendor-minutes"
 CLEAN = prepare.Preparation(())
 
@@ -147,7 +155,7 @@ def test_an_empty_database_is_prepared_and_nothing_is_left_to_generate(empty_eng
         ).scalar()
         catalogue = connection.execute(text("SELECT identifier, physical_table_name, cadence FROM msm__time_index_meta_table")).all()
     assert undescribed == 0  # every column carries its description in the database
-    assert {(i, t) for i, t, _ in catalogue} == {(s.logical_name(), s.__tablename__) for s in STORAGES}
+    assert {(i, t) for i, t, _ in catalogue} == {(s.logical_name(), s.__tablename__) for s in (*STORAGES, *SNAPSHOTS)}
     assert ("ExternalPricesTS", "msm__external_prices", "1d") in {tuple(row) for row in catalogue}
 
 
@@ -176,18 +184,20 @@ def test_the_newest_revision_can_be_taken_back_and_put_on_again_over_data(engine
         queries = [f"SELECT * FROM {daily}", "SELECT * FROM msm__external_prices", "SELECT uid, unique_identifier FROM msm__asset"]
         queries += [
             "SELECT * FROM msm__run_node WHERE kind = 'portfolio'",
-            f"SELECT uid, identifier, cadence FROM {CATALOGUE} WHERE kind <> 'rebalance_state' ORDER BY 2",
+            f"SELECT uid, identifier, cadence FROM {CATALOGUE} WHERE kind NOT IN {later} ORDER BY 2",
         ]
         return [sql(engine, query) for query in queries]
 
+    later = "('rebalance_state', 'target_positions', 'account_holdings', 'virtual_fund_holdings')"  # kinds that 0003 and 0004 bring
     before = data()
     with engine.begin() as connection:
         command.downgrade(prepare.alembic_config(connection), "0001")
+    assert sql(engine, f"SELECT identifier FROM {CATALOGUE} WHERE kind IN {later}") == []
     assert data() == before
     assert prepare.check(engine, [policy()]).pending == ("0002", "0003", "0004")
     printed = prepare.ddl(engine, [policy()])
     assert "ADD COLUMN revision" in printed
-    assert re.findall(r"CREATE TABLE (\w+)", printed) == ["msm__portfolio_rebalance_state"]
+    assert sorted(re.findall(r"CREATE TABLE (\w+)", printed)) == sorted({"msm__portfolio_rebalance_state", *ACCOUNT_TABLES})
     assert prepare.prepare(engine, [policy()]).pending == ("0002", "0003", "0004")
     assert data() == before
     assert prepare.check(engine, [policy()]) == CLEAN
@@ -212,10 +222,10 @@ def test_delisting_and_orders_can_be_taken_back_and_put_on_again(engine: Engine)
         command.downgrade(prepare.alembic_config(connection), "0002")
     assert state not in tables(engine)
     assert sql(engine, "SELECT * FROM information_schema.columns WHERE column_name = 'delisted_on'") == []
-    assert [name for (name,) in sql(engine, storages)] == [name for name in before if name != "PortfolioRebalanceStateTS"]
+    assert [name for (name,) in sql(engine, storages)] == [name for name in before if name not in {"PortfolioRebalanceStateTS", *ACCOUNTS}]
     assert sql(engine, "SELECT kind, scope FROM msm__data_node_update") == [("portfolios", "p")]
-    assert prepare.check(engine).pending == ("0003",)
-    assert prepare.prepare(engine).pending == ("0003",)
+    assert prepare.check(engine).pending == ("0003", "0004")
+    assert prepare.prepare(engine).pending == ("0003", "0004")
     assert prepare.check(engine) == CLEAN
     assert sql(engine, "SELECT unique_identifier, delisted_on FROM msm__asset ORDER BY 1") == [("a", None), ("b", None)]
     assert [name for (name,) in sql(engine, storages)] == before
@@ -223,6 +233,54 @@ def test_delisting_and_orders_can_be_taken_back_and_put_on_again(engine: Engine)
     sql(engine, f"INSERT INTO {state} VALUES {order}")
     with pytest.raises(UniqueViolation):  # one order of an asset at a time
         sql(engine, f"INSERT INTO {state} VALUES {order}")
+
+
+def test_accounts_can_be_taken_back_and_put_on_again_over_data(engine: Engine) -> None:
+    """Without 0004 nothing is left of accounts, and no row of the portfolio side is written; with it again they are there, empty."""
+    account, model, allocation, head, asset, held, p, fund, view = (UUID(int=i) for i in range(1, 10))
+    owner, at = {"account_uid": account}, {"time_index": datetime(2024, 1, 2, tzinfo=UTC)}
+    target = {"target_type": "portfolio", "target_uid": p, "portfolio_uid": p, "weight_notional_exposure": 1.0}
+    drawn = {"source_account_holdings_set_uid": held, "virtual_fund_uid": fund, **at}
+    rows: list[tuple[str, dict[str, Any]]] = [
+        ("asset", {"uid": asset, "unique_identifier": "a"}),
+        ("portfolio", {"uid": p, "unique_identifier": "p"}),
+        ("external_prices", {"asset_identifier": "a", "close": 0.1, **at}),
+        ("data_node_update", {"uid": UUID(int=10), "kind": "portfolios", "storage": "PortfoliosTS", "scope": "p"}),
+        ("account", {"uid": account, "unique_identifier": "c", "account_name": "C"}),
+        ("account_allocation_model", {"uid": model, "allocation_model_name": "m"}),
+        ("account_target_allocation", {"uid": allocation, "unique_identifier": "c-m", "account_allocation_model_uid": model, **owner}),
+        ("position_set", {"uid": head, "account_target_allocation_uid": allocation, "position_set_time": at["time_index"]}),
+        ("target_positions", {"position_set_uid": head, **target, **at}),
+        ("account_holdings_set", {"uid": held, **owner, **at}),
+        ("account_holdings", {"holdings_set_uid": held, "asset_identifier": "a", "quantity": 3.0, **owner, **at}),
+        ("virtual_fund", {"uid": fund, "unique_identifier": "v", "target_portfolio_uid": p, **owner}),
+        ("virtual_fund_holdings_set", {"uid": view, **drawn, **owner}),
+        ("virtual_fund_holdings", {"virtual_fund_holdings_set_uid": view, "asset_identifier": "a", "allocated_quantity": 2.0, **drawn}),
+    ]
+    with engine.begin() as connection:
+        for table, cells in rows:
+            marks = ", ".join(["%s"] * len(cells))
+            connection.exec_driver_sql(f"INSERT INTO msm__{table} ({', '.join(cells)}) VALUES ({marks})", tuple(cells.values()))
+
+    def others() -> dict[str, Any]:
+        """Every row, with the transaction that wrote it, of the tables that 0004 has nothing to do with."""
+        names = sorted(set(MetaTable.metadata.tables) - ACCOUNT_TABLES - {CATALOGUE})
+        return {name: sql(engine, f"SELECT xmin::text, t::text FROM {name} t ORDER BY 2") for name in names}
+
+    catalogue = f"SELECT identifier FROM {CATALOGUE} ORDER BY 1"
+    before, storages = others(), [name for (name,) in sql(engine, catalogue)]
+    assert set(storages) >= ACCOUNTS
+    with engine.begin() as connection:
+        command.downgrade(prepare.alembic_config(connection), "0003")
+    assert tables(engine) & ACCOUNT_TABLES == set()
+    assert [name for (name,) in sql(engine, catalogue)] == [name for name in storages if name not in ACCOUNTS]
+    assert others() == before
+    assert prepare.check(engine).pending == ("0004",)
+    assert prepare.prepare(engine).pending == ("0004",)
+    assert prepare.check(engine) == CLEAN
+    assert others() == before
+    assert [name for (name,) in sql(engine, catalogue)] == storages
+    assert [name for name in ACCOUNT_TABLES if sql(engine, f"SELECT * FROM {name}")] == []
 
 
 def test_a_dropped_table_is_seen_although_the_version_row_says_head(engine: Engine) -> None:  # R56
@@ -613,7 +671,7 @@ def test_eight_processes_prepare_an_empty_database_at_once(empty_engine: Engine)
         for process in started:
             process.join(60)
         assert [process.exitcode for process in started] == [0] * 8
-        assert sorted(done.get() for _ in started) == [()] * 7 + [("0001", "0002", "0003", *names)]
+        assert sorted(done.get() for _ in started) == [()] * 7 + [("0001", "0002", "0003", "0004", *names)]
     assert made(empty_engine) == set(rows(empty_engine)) == set(names)
     assert prepare.check(empty_engine, wanted) == CLEAN
 
