@@ -5,7 +5,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from msm_core.api import Asset, Portfolio
@@ -18,7 +17,7 @@ from msm_ray.export import check_path
 
 TARGETS = ("account_target_allocation", "time_index", "target_type", "target")
 HOLDINGS = ("account", "time_index", "asset_identifier", "quantity")
-NAMES = ("account_target_allocation", "account", "target_type", "target", "asset_identifier", "time_index")
+NUMBERS = ("quantity", *EXPOSURES)
 
 
 def target_snapshots(path: Path) -> list[TargetSnapshot]:
@@ -42,8 +41,12 @@ def target_snapshots(path: Path) -> list[TargetSnapshot]:
 def holdings_snapshots(path: Path) -> list[HoldingsSnapshot]:
     """A snapshot for each account and time; a quantity below 0 is short. Raises UnusableFile; the rest is told when it is stored."""
     frame = _read(path, HOLDINGS)
-    quantities = pd.to_numeric(frame["quantity"], errors="coerce")
-    frame = frame.assign(quantity=quantities.abs(), direction=np.where(quantities < 0, -1, 1))
+    given = frame["quantity"].tolist()
+    short = [isinstance(quantity, int | float) and quantity < 0 for quantity in given]
+    quantities = pd.Series(
+        [-quantity if is_short else quantity for quantity, is_short in zip(given, short, strict=True)], frame.index, object
+    )
+    frame = frame.assign(quantity=quantities, direction=[-1 if is_short else 1 for is_short in short])
     columns = ["asset_identifier", "quantity", "direction"]
     return [HoldingsSnapshot(owner, time, rows[columns]) for (owner, time), rows in _groups(frame, HOLDINGS[:2])]
 
@@ -63,9 +66,17 @@ def _read(path: Path, needed: Sequence[str]) -> pd.DataFrame:
 
 
 def _csv(path: Path) -> pd.DataFrame:
-    """Only an empty cell is nothing: an asset may be called NA. Numbers read back as they were."""
-    text = dict.fromkeys(NAMES, str)
-    return pd.read_csv(path, dtype=text, keep_default_na=False, na_values=[""], float_precision="round_trip")
+    """Only an empty cell is nothing: an asset may be called NA. Numbers read back as they were; what is none is told when it is stored."""
+    frame = pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""])
+    numbers = {name: frame[name].map(_number, na_action="ignore").astype(object) for name in NUMBERS if name in frame.columns}
+    return frame.assign(**numbers)
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _time(path: Path, row: int, given: Any) -> datetime:

@@ -11,6 +11,7 @@ from sqlalchemy import Engine
 import msm_core
 from msm_core.api import Asset, Calendar
 from msm_core.errors import StorageNotPrepared
+from msm_core.models import SNAPSHOTS, AccountTable, VirtualFundHoldingsSetTable, VirtualFundTable
 from msm_ray import prepare
 from msm_ray.fleet import load_fleet
 from tests.factories import relations, sql, values, versions
@@ -133,7 +134,10 @@ def test_run(engine: Engine, tmp_path: Path) -> None:  # R59, R92-R95
         f"the last 6 of 62 values of {PORTFOLIO}",
     ):
         assert step in told
-    assert not [name for _, name, *_ in tables if "fund" in name or "account" in name]
+    names = {name for _, name, *_ in tables}
+    boundary = [model.__tablename__ for model in (*SNAPSHOTS, AccountTable, VirtualFundTable, VirtualFundHoldingsSetTable)]
+    assert names.issuperset(boundary)
+    assert [count(engine, table) for table in boundary] == [0] * 6
 
     pointers = """
         SELECT c.unique_identifier, i.unique_identifier, v.storage, v.scope, w.storage, w.scope, s.storage, s.scope
