@@ -15,10 +15,10 @@ from sqlalchemy.exc import DBAPIError
 
 from msm_core import database
 from msm_core.embedded import EmbeddedPostgres
-from msm_core.errors import MsmError
-from msm_core.models import MetaTable
+from msm_core.models import MetaTable, TimeIndexMetaTable
 from msm_ray import prepare
 
+CATALOGUE = TimeIndexMetaTable.__tablename__
 TEMPLATE = f"msm_template_{uuid.uuid4().hex[:8]}"
 
 
@@ -56,6 +56,7 @@ class Databases:
     def __init__(self, server_url: str) -> None:
         self.server_url = server_url
         self.idle: tuple[str, str] | None = None  # name and schema fingerprint of a prepared database without rows
+        self.catalogue: str | None = None  # the rows that `prepare` left, as JSON
 
     def lend(self, source: str, monkeypatch: pytest.MonkeyPatch, home: Path) -> Iterator[Engine]:
         name, self.idle = (self.idle[0] if self.idle and source == TEMPLATE else self.create(source)), None
@@ -64,6 +65,9 @@ class Databases:
         monkeypatch.setenv("MSM_HOME", str(home))
         engine = database.get_engine()
         schema = self.fingerprint(engine)
+        if source == TEMPLATE and self.catalogue is None:
+            with engine.connect() as connection:
+                self.catalogue = connection.exec_driver_sql(f'SELECT jsonb_agg(t)::text FROM "{CATALOGUE}" t').scalar_one()
         yield engine
         engine.dispose()
         database._engine.cache_clear()  # the next test is attached to nothing
@@ -89,8 +93,9 @@ class Databases:
                 query = " UNION ALL ".join(f"SELECT '{t}' WHERE EXISTS (SELECT FROM {t})" for t in tables)
                 filled = connection.exec_driver_sql(query).scalars().all()
                 connection.exec_driver_sql(f"TRUNCATE {', '.join(filled)} CASCADE")
-            prepare.prepare(engine)
-        except (DBAPIError, MsmError):
+                rows = f'SELECT * FROM jsonb_populate_recordset(NULL::"{CATALOGUE}", %s::jsonb)'
+                connection.exec_driver_sql(f'INSERT INTO "{CATALOGUE}" {rows}', (self.catalogue,))
+        except DBAPIError:
             return False
         return True
 
