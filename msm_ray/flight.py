@@ -22,6 +22,7 @@ log = structlog.get_logger()
 
 BATCH_NODES_MAX = 1_024
 BATCH_SECONDS = (0.5, 15.0)  # a task must be worth its overhead, and must not keep the others waiting at the end
+PART_SLACK = 1.02  # an equal part may be a little larger: what is left over would be a batch of its own
 BATCH_ROWS_MAX = 3_000_000  # bounds memory: a row is held twice for a while
 BATCH_CELLS_MAX = 12_000_000  # bounds memory: prices and what is reckoned with them
 UPSTREAM_FIRST = {"prices": 0, "signal": 1, "portfolio": 2}
@@ -45,16 +46,24 @@ class Flight:
         self.flying: dict[int, list[Key]] = {}
         self.tickets = 0
 
+    def launch(self) -> None:
+        """Submit the first batches, which wait for nobody."""
+        self._collect_ready()
+        self._fill()
+
     def results(self) -> Iterator[list[NodeResult]]:
         """Yields the results of each batch, and of the nodes that its failures skip, until nothing is left."""
         while self.sorter.is_active():
             skipped = self._collect_ready()
             if skipped:
                 yield skipped
-            while len(self.flying) < 2 * self.executor.slots and (batch := self._next_batch()):
-                self._submit(batch)
+            self._fill()
             if self.flying:
                 yield self._land()
+
+    def _fill(self) -> None:
+        while len(self.flying) < 2 * self.executor.slots and (batch := self._next_batch()):
+            self._submit(batch)
 
     def _collect_ready(self) -> list[NodeResult]:
         skipped = []
@@ -79,15 +88,14 @@ class Flight:
         """The next nodes of a group: what others wait for comes first, then the most work.
 
         A batch is a share of all that is left, so the last ones are small and all workers end together; never so small that it is not
-        worth a task, nor too large for memory. In the order of keys, as far as they are ready: rows then go to the right end of a
-        primary key, which is its fast end.
+        worth a task, nor too large for memory. What little there is goes in equal parts to the workers that are idle. In the order of
+        keys, as far as they are ready: rows then go to the right end of a primary key, which is its fast end.
         """
         if not self.waiting:
             return []
         group = min(self.waiting, key=lambda g: (UPSTREAM_FIRST[g[0]], -sum(self.loads[key].seconds for key in self.waiting[g])))
         waiting, batch, rows, cells, seconds = self.waiting[group], list[Key](), 0.0, 0.0, 0.0
-        least, most = BATCH_SECONDS
-        share = min(max(self.seconds_left / (2 * self.executor.slots), least), most)
+        share = self._share()
         while waiting and len(batch) < (self.batch_size or BATCH_NODES_MAX):
             load = self.loads[waiting[0]]
             rows, cells, seconds = rows + load.rows, cells + load.cells, seconds + load.seconds
@@ -98,6 +106,13 @@ class Flight:
         if not waiting:
             del self.waiting[group]
         return batch
+
+    def _share(self) -> float:
+        """Seconds of work that the next batch should have."""
+        (least, most), idle = BATCH_SECONDS, self.executor.slots - len(self.flying)
+        if idle > 0 and self.seconds_left <= 2 * least * idle:
+            return self.seconds_left / idle * PART_SLACK
+        return min(max(self.seconds_left / (2 * self.executor.slots), least), most)
 
     def _submit(self, keys: list[Key]) -> None:
         nodes = [self.work[key] for key in sorted(keys)]

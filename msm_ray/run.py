@@ -230,9 +230,10 @@ class _Run:
             results.extend(news)
             self._publish(news, reasons)
 
-        note(plan.settled())
-        errand = Errand(self.as_of, self.run_uid, self.snapshot)
-        for batch in Flight(plan, self.executor, errand, self.options.batch_size).results():
+        flight = Flight(plan, self.executor, Errand(self.as_of, self.run_uid, self.snapshot), self.options.batch_size)
+        flight.launch()
+        note(plan.settled())  # while the workers work
+        for batch in flight.results():
             note(batch)
         return results
 

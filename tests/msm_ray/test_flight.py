@@ -110,6 +110,13 @@ def test_a_night_is_a_few_batches_of_hundreds():
     assert len(sizes) < 12
 
 
+@pytest.mark.parametrize(("slots", "count"), [(2, 1_000), (2, 1_900), (4, 1_000), (1, 900)])
+def test_a_little_work_goes_in_equal_parts_to_the_idle_workers(slots, count):
+    sizes = [len(names) for _, names in flown([node(c) for c in fleet(count)], slots).batches]
+    assert len(sizes) == slots
+    assert max(sizes) <= 1.05 * count / slots
+
+
 def test_a_first_run_is_cut_by_the_rows_that_fit_into_memory():
     executor = flown([node(c, since=None) for c in fleet(200, LONG_AGO, assets=90)])
     sizes = [len(names) for _, names in executor.batches]

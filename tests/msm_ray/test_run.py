@@ -622,3 +622,25 @@ def test_a_night_that_fails_says_so(engine, fleet):
     assert (report.status, report.exit_code) == ("failed", 4)
     assert sql(engine, "SELECT status FROM msm__run") == [("failed",)]
     assert retry(engine, fleet).exit_code == 0
+
+
+def test_workers_have_their_first_batch_before_what_needs_no_work_is_recorded(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    closes = factories.open_market(engine, factories.walks("2024-01-02", 5, "AB"))
+    old, new = portfolio("old", fixed(A=1.0)), portfolio("new", fixed(B=1.0))
+    run(engine, [old], closes.index[-1])
+    order: list[str] = []
+
+    class Noting(LocalExecutor):
+        def submit(self, ticket: int, kind: str, payload: str) -> None:
+            order.append(f"submitted {kind}")
+            super().submit(ticket, kind, payload)
+
+    record = ledger.record
+
+    def noted(engine: Engine, run_uid: uuid.UUID, results: Any, reasons: Any) -> None:
+        order.extend(f"recorded {r.identifier}" for r in results if r.kind == "portfolio")
+        record(engine, run_uid, results, reasons)
+
+    monkeypatch.setattr(ledger, "record", noted)
+    run(engine, [old, new], closes.index[-1], executor=Noting())
+    assert order == ["submitted signal", "recorded old", "submitted portfolio", "recorded new"]
