@@ -148,6 +148,20 @@ def nothing_in_the_domain_reads_the_clock(path: str, text: str) -> list[str]:
     return bad + imported_from(path, text, "time.time", "time.time_ns")
 
 
+ACCOUNT_SIDE = ("msm_core/services/", "msm_core/models/", "msm_core/api/")
+ACCOUNT_NAMES = ("account", "virtualfund", "positionset", "targetpositions", "snapshot")
+
+
+def construction_never_knows_accounts(path: str, text: str) -> list[str]:
+    """What makes portfolios imports nothing of the account side, under whatever name it stands there. R83, R85."""
+    makes_portfolios = path.startswith("msm_core/") and not path.startswith(ACCOUNT_SIDE)
+    if not makes_portfolios and path not in ("msm_ray/run.py", "msm_ray/flight.py", "msm_ray/plan.py", "msm_ray/ledger.py"):
+        return []
+    found = imported_from(path, text, "msm_core.services")
+    ours = {(line, name) for line, name in imports(path, text) if name.startswith(("msm_core.models.", "msm_core.api."))}
+    return found + [f"{path}:{line} imports {name}" for line, name in ours if name.split(".")[-1].lower().startswith(ACCOUNT_NAMES)]
+
+
 BANS: list[Ban] = [
     pure_modules_know_no_database_and_no_cluster,
     pure_modules_import_pure_modules_only,
@@ -156,6 +170,7 @@ BANS: list[Ban] = [
     signals_and_strategies_do_not_know_each_other,
     sums_on_persisted_paths_are_ordered,
     nothing_in_the_domain_reads_the_clock,
+    construction_never_knows_accounts,
 ]
 
 
@@ -212,6 +227,11 @@ def test_the_bans_read_the_code_there_is():
         (nothing_in_the_domain_reads_the_clock, "msm_core/x.py", "import time\ntime.time()"),
         (nothing_in_the_domain_reads_the_clock, "msm_core/x.py", "from time import time"),
         (nothing_in_the_domain_reads_the_clock, "msm_core/x.py", "pd.Timestamp.now('UTC')"),
+        (construction_never_knows_accounts, "msm_core/data_nodes/x.py", "from msm_core.services.reads import read_holdings"),
+        (construction_never_knows_accounts, "msm_core/storage.py", "from msm_core.models import VirtualFundHoldingsStorage"),
+        (construction_never_knows_accounts, "msm_core/construction.py", "from msm_core.models.accounts import AccountTable"),
+        (construction_never_knows_accounts, "msm_ray/run.py", "from msm_core.api import AccountHoldingsSet"),
+        (construction_never_knows_accounts, "msm_ray/plan.py", "import msm_core.services.expansion"),
     ],
 )
 def test_each_ban_catches_a_bad_module(ban, path, text):
@@ -233,6 +253,8 @@ def test_each_ban_catches_a_bad_module(ban, path, text):
         ("jobs/run_fleet.py", "import ray\nfrom msm_ray import run"),
         ("msm_ray/cli.py", "from datetime import datetime\ndatetime.now()"),
         ("msm_core/rayleigh.py", "import array"),
+        ("msm_ray/account_fleet.py", "from msm_core.services.account_exposure import AccountExposure"),
+        ("msm_core/services/x.py", "from msm_core.models import AccountTable\nfrom msm_core.storage import last_trades"),
     ],
 )
 def test_no_ban_catches_a_good_module(path, text):
