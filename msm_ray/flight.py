@@ -62,8 +62,8 @@ class Flight:
                 yield self._land()
 
     def _fill(self) -> None:
-        while len(self.flying) < 2 * self.executor.slots and (batch := self._next_batch()):
-            self._submit(batch)
+        while self.waiting and len(self.flying) < 2 * self.executor.slots:  # Ray starts when it is first asked for its slots
+            self._submit(self._next_batch())
 
     def _collect_ready(self) -> list[NodeResult]:
         skipped = []
@@ -91,8 +91,6 @@ class Flight:
         worth a task, nor too large for memory. What little there is goes in equal parts to the workers that are idle. In the order of
         keys, as far as they are ready: rows then go to the right end of a primary key, which is its fast end.
         """
-        if not self.waiting:
-            return []
         group = min(self.waiting, key=lambda g: (UPSTREAM_FIRST[g[0]], -sum(self.loads[key].seconds for key in self.waiting[g])))
         waiting, batch, rows, cells, seconds = self.waiting[group], list[Key](), 0.0, 0.0, 0.0
         share = self._share()
