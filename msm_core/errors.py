@@ -330,7 +330,7 @@ class SnapshotRefused(MsmError):
 
 
 class SnapshotExists(MsmError):
-    message = "{what} of {owners} exist already. Pass overwrite=True to replace them whole."
+    message = "{what} of {owners} exist already. Pass overwrite=True (--overwrite) to replace them whole."
 
 
 class SnapshotInUse(MsmError):

@@ -158,7 +158,7 @@ def show_frame(what: str, title: str, told: Mapping[str, Any], frame: pd.DataFra
     if output == Output.json:
         emit_json({**told, what: _records(frame)} if to is None else {**told, "file": str(to)})
     elif to is not None:
-        out.print(f"{to}: {len(frame):,} rows", highlight=False, markup=False, soft_wrap=True)
+        out.print(f"{to}: {_count(frame)}", highlight=False, markup=False, soft_wrap=True)
     else:
         _print(title, frame)
 
@@ -172,11 +172,14 @@ def _print(title: str, frame: pd.DataFrame) -> None:
     """The first rows. A table that is cut off says so, below, where people look last."""
     columns = [name for name in frame.columns if not name.endswith("uid")]
     shown = frame.loc[:, columns].head(ROWS_SHOWN)
-    count = f"{len(frame):,} rows" if len(frame) != 1 else "1 row"
-    emit_table(f"{title.strip()}: {count}", columns, ([_cell(value) for value in row] for row in shown.itertuples(index=False)))
+    emit_table(f"{title.strip()}: {_count(frame)}", columns, ([_cell(value) for value in row] for row in shown.itertuples(index=False)))
     if len(frame) > ROWS_SHOWN:
-        hint = f"The first {ROWS_SHOWN} of {count}. All of them: --to FILE.csv (.csv.gz, .parquet), or --output json."
+        hint = f"The first {ROWS_SHOWN} of {_count(frame)}. All of them: --to FILE.csv (.csv.gz, .parquet), or --output json."
         out.print(hint, highlight=False, markup=False, soft_wrap=True)
+
+
+def _count(frame: pd.DataFrame) -> str:
+    return f"{len(frame):,} rows" if len(frame) != 1 else "1 row"
 
 
 def _cell(value: Any) -> str | None:
