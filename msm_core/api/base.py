@@ -25,7 +25,7 @@ from msm_core.api.checks import check_text, check_value, refusals, shown
 from msm_core.api.fields import constructor_like
 from msm_core.api.statements import Name, name_of, table_of
 from msm_core.errors import InvalidRow, RowNotFound
-from msm_core.models import RegistryTable
+from msm_core.models import MetaTable, RegistryTable
 from msm_core.rows import upsert_rows
 
 NAMED_MAX = 5  # keys spelled out in an error
@@ -279,8 +279,13 @@ class Row(BaseModel):
 
     @classmethod
     def _not_found(cls, by: Sequence[str], absent: Sequence[Name]) -> RowNotFound:
-        more = f" (and {len(absent) - NAMED_MAX} more)" if len(absent) > NAMED_MAX else ""
-        return RowNotFound(model=cls.__model__.__concept__, key=" or ".join(_spelled(by, name) for name in absent[:NAMED_MAX]) + more)
+        return not_found(cls.__model__, by, absent)
+
+
+def not_found(model: type[MetaTable], by: Sequence[str], absent: Sequence[Name]) -> RowNotFound:
+    """The error that names the first of the rows that there are not, each by the values of its key."""
+    more = f" (and {len(absent) - NAMED_MAX} more)" if len(absent) > NAMED_MAX else ""
+    return RowNotFound(model=model.__concept__, key=" or ".join(_spelled(by, name) for name in absent[:NAMED_MAX]) + more)
 
 
 def _uid(row: Row | uuid.UUID) -> uuid.UUID:

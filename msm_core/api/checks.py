@@ -127,10 +127,7 @@ def _constraint(diagnostics: Any) -> Rule | None:
     name, table_name = getattr(diagnostics, "constraint_name", None), getattr(diagnostics, "table_name", None)
     table = MetaTable.metadata.tables.get(table_name) if table_name else None
     for constraint in table.constraints if table is not None else ():
-        if (
-            isinstance(constraint, ForeignKeyConstraint | UniqueConstraint | CheckConstraint)
-            and NAMES.format_constraint(constraint) == name
-        ):
+        if isinstance(constraint, Rule) and NAMES.format_constraint(constraint) == name:
             return constraint
     return None
 

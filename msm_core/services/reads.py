@@ -18,9 +18,9 @@ from psycopg import sql
 from sqlalchemy import Connection
 
 from msm_core.api import runtime
-from msm_core.api.checks import check_text, shown
+from msm_core.api.base import not_found
+from msm_core.api.checks import check_text
 from msm_core.copying import fetch
-from msm_core.errors import RowNotFound
 from msm_core.frames import to_datetime, utc
 from msm_core.models import (
     AccountAllocationModelTable,
@@ -39,7 +39,6 @@ from msm_core.models import (
 
 Names = Iterable[str] | str | None  # unique_identifiers; None = all there are
 
-NAMED_MAX = 5
 TEXT, TIME, NUMBER, WHOLE, UID = "str", "datetime64[us]", "float64", "int64", "object"
 WEIGHTS = {
     "portfolio_identifier": TEXT,
@@ -234,10 +233,8 @@ def rows_of(
         check_text(model, "unique_identifier", name)
     bounds = {what: None if time is None else to_datetime(utc(time, what)) for what, time in instants.items()}
     found = fetch(connection, statement, {"names": asked, **bounds})
-    if unknown := [name for uid, name, *_ in found if uid is None]:
-        more = f" (and {len(unknown) - NAMED_MAX} more)" if len(unknown) > NAMED_MAX else ""
-        key = " or ".join(f"unique_identifier {shown(name)}" for name in unknown[:NAMED_MAX])
-        raise RowNotFound(model=model.__concept__, key=key + more)
+    if unknown := [(name,) for uid, name, *_ in found if uid is None]:
+        raise not_found(model, ("unique_identifier",), unknown)
     return [row[1:] for row in found]
 
 
