@@ -141,7 +141,12 @@ class PortfolioConfiguration(Spec):
     def _uid(self) -> str:
         return self.configuration_hash
 
-    @property
+    def identified(self, configuration_hash: str, signal_uid: str) -> None:
+        """Take both from who has worked them out for this very configuration: another process of the run, or `prepare`."""
+        self.remember("configuration_hash", configuration_hash)
+        self.signal.remember("uid", signal_uid)
+
+    @cached_property
     def identifier(self) -> str:
         return self.portfolio_markets_configuration.portfolio_identifier
 
@@ -149,7 +154,7 @@ class PortfolioConfiguration(Spec):
     def index_identifier(self) -> str | None:
         return self.portfolio_markets_configuration.portfolio_index_identifier
 
-    @property
+    @cached_property
     def signal(self) -> Signal:
         return self.portfolio_build_configuration.backtesting_weights_configuration.signal_weights_instance
 
@@ -157,7 +162,7 @@ class PortfolioConfiguration(Spec):
     def signal_uid(self) -> str:
         return self.signal.uid
 
-    @property
+    @cached_property
     def rebalance(self) -> RebalanceStrategy:
         return self.portfolio_build_configuration.backtesting_weights_configuration.rebalance_strategy_instance
 

@@ -46,7 +46,7 @@ LAUNCHES_MAX = 3  # the first may lose its port to another process between choic
 ENVIRONMENT = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C", "TZ": "UTC"}  # no PG*, it changes behaviour; no secrets of ours
 SETTINGS = [
     *(f"listen_addresses={HOST}", "unix_socket_directories=", "max_connections=100", "timezone=UTC", "jit=off"),
-    *("shared_buffers=256MB", "max_wal_size=4GB", "wal_level=minimal", "max_wal_senders=0", "synchronous_commit=off"),
+    *("shared_buffers=256MB", "wal_buffers=64MB", "max_wal_size=4GB", "wal_level=minimal", "max_wal_senders=0", "synchronous_commit=off"),
     "max_locks_per_transaction=256",  # `prepare` creates tables in batches, and each takes several locks
 ]
 if sys.platform.startswith(("linux", "darwin")):  # elsewhere the server refuses the setting

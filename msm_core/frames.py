@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from itertools import compress
 
 import numpy as np
 import pandas as pd
@@ -61,7 +62,7 @@ class LastTrade:
     volumes: Floats
 
     def held(self) -> tuple[str, ...]:
-        return tuple(a for a, w in zip(self.assets, self.weights, strict=True) if w != 0)
+        return tuple(compress(self.assets, (self.weights != 0).tolist()))
 
 
 def ordered_sum(values: Floats, out: Floats | None = None) -> Floats:

@@ -172,7 +172,7 @@ class Spec(BaseModel):
         return canonical_fields(self.model_dump(exclude_none=True))
 
     def remember(self, name: str, value: str) -> None:
-        """An identity that another process of the same code has worked out for this very spec: it costs more than all else of a node."""
+        """An identity that somebody else has worked out for this very spec: it costs more than all else of a node."""
         vars(self)[name] = value
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
@@ -376,5 +376,6 @@ def node_uid(storage_identifier: str, scope: str, hash_namespace: str | None = N
 
 @functools.lru_cache(maxsize=UIDS_KEPT)
 def _node_uid(storage_identifier: str, scope: str, namespace: str | None) -> uuid.UUID:
-    """Asked for again and again, of each node of a fleet."""
-    return identity_uuid({"kind": "data_node_update", "storage": storage_identifier, "scope": scope, "namespace": namespace})
+    """`identity_uuid` of the four, which are canonical already: a fleet asks for several of each of its nodes."""
+    fields = {"kind": "data_node_update", "storage": storage_identifier, "scope": scope, "namespace": namespace}
+    return uuid.UUID(hex=hashlib.sha256(_text({"version": IDENTITY_VERSION, **fields}).encode()).hexdigest()[:32])

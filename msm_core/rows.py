@@ -20,19 +20,32 @@ def upsert_rows(
     key: Sequence[str],
     update: bool = True,
 ) -> list[RowMapping]:
-    """Insert or update `rows` by `key`: two statements per set of supplied columns, whatever the number of rows.
-
-    Only supplied columns are touched, and a row that would not change is not written. Rows travel as one JSON document, so a
-    statement has one parameter. `update=False` leaves existing rows alone. Returns the rows as stored, in no particular order.
-    Raises InvalidRow for a key that is absent or given twice.
-    """
+    """As `write_rows`, and one more statement each. Returns the rows as stored, in no particular order."""
     stored: list[RowMapping] = []
-    for columns, group in _by_supplied_columns(table, rows, key).items():
-        connection.execute(text(_upsert_sql(_table(table), columns, key, update)), {"rows": document(group)})
+    for group in write_rows(connection, table, rows, key=key, update=update):
         names = ", ".join(_quoted(k) for k in key)
         sql = f"SELECT t.* FROM {_quoted(table.__tablename__)} t JOIN {_recordset(_table(table))} USING ({names})"  # noqa: S608
         stored += connection.execute(text(sql), {"rows": document([{k: row[k] for k in key} for row in group])}).mappings().all()
     return stored
+
+
+def write_rows(
+    connection: Connection,
+    table: type[MetaTable],
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    key: Sequence[str],
+    update: bool = True,
+) -> list[list[dict[str, Any]]]:
+    """Insert or update `rows` by `key`: one statement per set of supplied columns, whatever the number of rows; returns those sets.
+
+    Only supplied columns are touched, and a row that would not change is not written. Rows travel as one JSON document, so a
+    statement has one parameter. `update=False` leaves existing rows alone. Raises InvalidRow for a key that is absent or given twice.
+    """
+    groups = _by_supplied_columns(table, rows, key)
+    for columns, group in groups.items():
+        connection.execute(text(_upsert_sql(_table(table), columns, key, update)), {"rows": document(group)})
+    return list(groups.values())
 
 
 def _by_supplied_columns(

@@ -11,12 +11,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from psycopg import sql
 from sqlalchemy import Connection
 
-from msm_core.copying import Block, copy_in, execute, fetch
+from msm_core.copying import Block, Statement, copy_in, execute, fetch
 from msm_core.errors import ProgressConflict, StorageNotPrepared
 from msm_core.frames import LastTrade, SignalRows, to_datetime, utc
 from msm_core.identity import node_uid
@@ -33,7 +34,7 @@ from msm_core.models import (
     SignalWeightsStorage,
     StorageTable,
 )
-from msm_core.rows import document, upsert_rows
+from msm_core.rows import document, write_rows
 from msm_core.sessions import Sessions
 
 # -- what there is ------------------------------------------------------------------------------------------------------------
@@ -95,6 +96,21 @@ def read_sessions(connection: Connection, uids: Iterable[uuid.UUID]) -> dict[uui
     }
 
 
+# -- where rows lie -----------------------------------------------------------------------------------------------------------
+
+
+def partitions_of(connection: Connection, storage: type[StorageTable], scopes: Sequence[str]) -> dict[str, int]:
+    """Which partition of a hash-partitioned storage the rows of each scope lie in, or will; nothing for any other storage."""
+    statement = sql.SQL("""
+        SELECT s.scope, r.remainder
+        FROM pg_partitioned_table p CROSS JOIN LATERAL (SELECT count(*)::int FROM pg_inherits i WHERE i.inhparent = p.partrelid) c(modulus)
+        CROSS JOIN LATERAL generate_series(0, c.modulus - 1) r(remainder) CROSS JOIN unnest(%(scopes)s::varchar[]) s(scope)
+        WHERE p.partrelid = to_regclass({name})
+          AND CASE WHEN p.partstrat = 'h' THEN satisfies_hash_partition(p.partrelid, c.modulus, r.remainder, s.scope) END
+    """).format(name=sql.Literal(_name(storage).as_string()))
+    return dict(fetch(connection, statement, {"scopes": list(scopes)}))
+
+
 RECENT = sql.SQL("interval '400 days'")  # looked at first: in a storage with a partition per year, the rest of them is left alone
 
 # -- signals, weights, values -------------------------------------------------------------------------------------------------
@@ -119,27 +135,42 @@ def read_signal_weights(connection: Connection, signal_uids: Sequence[str], sinc
 
 def last_trades(connection: Connection, portfolios: Sequence[str], through: datetime | None = None) -> dict[str, LastTrade]:
     """The last weights vector per portfolio, struck at or before `through`; a portfolio that never traded is absent."""
+    columns = """
+        array_agg(q.time_index), array_agg(q.asset_identifier::text), array_agg(q.weight),
+        array_agg(coalesce(q.price_current, 'NaN')), array_agg(coalesce(q.volume_current, 'NaN'))
+    """
+    found = _of_last_vectors(connection, portfolios, sql.SQL(columns), through)
+    return {i: LastTrade(times[0], tuple(assets), weights, prices, volumes) for i, times, assets, weights, prices, volumes in found}
+
+
+def held_assets(connection: Connection, portfolios: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Assets that have a weight in the last vector per portfolio, bytewise order: all that a plan needs of it."""
+    columns = sql.SQL("coalesce(array_agg(q.asset_identifier::text) FILTER (WHERE q.weight <> 0), array[]::text[])")
+    return {i: tuple(assets) for i, assets in _of_last_vectors(connection, portfolios, columns, None)}
+
+
+def _of_last_vectors(
+    connection: Connection, portfolios: Sequence[str], columns: Statement, through: datetime | None
+) -> list[tuple[Any, ...]]:
+    """(portfolio, columns): aggregates of the rows `q` of the last vector of each, in the order of assets; one without any is absent."""
     statement = sql.SQL("""
-        SELECT u.id, s.times, s.assets, s.weights, s.prices, s.volumes
-        FROM unnest(%(ids)s::text[]) u(id) CROSS JOIN LATERAL (
-            SELECT array_agg(q.time_index), array_agg(q.asset_identifier::text), array_agg(q.weight),
-                   array_agg(coalesce(q.price_current, 'NaN')), array_agg(coalesce(q.volume_current, 'NaN')) FROM (
+        SELECT u.id, s.* FROM unnest(%(ids)s::text[]) u(id) CROSS JOIN LATERAL (
+            SELECT {columns} FROM (
                 SELECT w.* FROM {table} w
                 WHERE w.portfolio_identifier = u.id AND w.time_index = coalesce(
                     (SELECT max(m.time_index) FROM {table} m WHERE m.portfolio_identifier = u.id {through} AND m.time_index > (
                         SELECT max(p.watermark) - {recent} FROM {progress} p WHERE p.storage = %(storage)s AND p.scope = ANY(%(ids)s))),
                     (SELECT max(m.time_index) FROM {table} m WHERE m.portfolio_identifier = u.id {through}))
-                ORDER BY w.asset_identifier) q) s(times, assets, weights, prices, volumes)
-        WHERE s.times IS NOT NULL
+                ORDER BY w.asset_identifier) q HAVING count(*) > 0) s
     """).format(
+        columns=columns,
         table=_name(PortfolioWeightsStorage),
         progress=_name(DataNodeUpdateTable),
         recent=RECENT,
         through=sql.SQL("" if through is None else "AND m.time_index <= %(through)s"),
     )
     given = {"ids": list(portfolios), "storage": PortfolioWeightsStorage.logical_name()}
-    found = fetch(connection, statement, given if through is None else given | {"through": through})
-    return {i: LastTrade(times[0], tuple(assets), weights, prices, volumes) for i, times, assets, weights, prices, volumes in found}
+    return fetch(connection, statement, given if through is None else given | {"through": through})
 
 
 def last_values(connection: Connection, portfolios: Sequence[str], through: datetime) -> dict[str, tuple[np.datetime64, float]]:
@@ -228,7 +259,7 @@ MOVED_COLUMNS = ("watermark", "row_count", "configuration_hash", "code_version",
 def ensure_progress(connection: Connection, scopes: Iterable[Scope]) -> None:
     """A progress row for each scope; existing ones stay as they are."""
     rows = [{"uid": s.uid, "kind": s.storage.__storage_kind__, "storage": s.storage.logical_name(), "scope": s.value} for s in set(scopes)]
-    upsert_rows(connection, DataNodeUpdateTable, rows, key=("storage", "scope"), update=False)
+    write_rows(connection, DataNodeUpdateTable, rows, key=("storage", "scope"), update=False)
 
 
 def reset_progress(connection: Connection, storages: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ from psycopg import sql
 from sqlalchemy import Connection
 
 from msm_core.copying import fetch
+from msm_core.data_nodes.registration import read_configurations
 from msm_core.frames import iso, utc
 from msm_core.models import (
     LOADED_NAMESPACE,
@@ -56,6 +57,7 @@ def verify(connection: Connection) -> Verification:
     violations += _unknown(connection, AssetTable, "asset_identifier", [s for s in totals if "asset_identifier" in s.key_columns()])
     violations += _unknown(connection, PortfolioTable, "portfolio_identifier", AUDITED[1:])
     violations += _wrong_returns(connection)
+    violations += _wrong_identities(connection)
     rows = sum(scope.rows for scopes in totals.values() for scope in scopes.values())
     return Verification(_digest(totals), rows, tuple(violations))
 
@@ -152,6 +154,14 @@ def _wrong_returns(connection: Connection) -> list[str]:
     """).format(table=_name(PortfoliosStorage))
     found = fetch(connection, statement, {"limit": EXAMPLES_MAX})
     return [f"Portfolios: {identifier} at {time.isoformat()}: return is not close / previous close - 1" for identifier, time in found]
+
+
+def _wrong_identities(connection: Connection) -> list[str]:
+    """Hash and signal uid stored with each newest configuration, on which every run relies, are what they are by its content."""
+    stored = read_configurations(connection).configurations
+    anew = [(c.model_copy().configuration_hash, c.signal.model_copy().uid) for c in stored]  # a copy remembers nothing
+    wrong = [c.identifier for c, found in zip(stored, anew, strict=True) if (c.configuration_hash, c.signal_uid) != found]
+    return [f"Portfolio {i}: the identity stored with its configuration is not that of its content" for i in wrong[:EXAMPLES_MAX]]
 
 
 def _name(table: type) -> sql.Identifier:

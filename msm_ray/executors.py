@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import structlog
+from pydantic_core import from_json
 from sqlalchemy import Engine
 
 from msm_core.data_nodes.base import Batch, NodeKind, NodeResult, update_batch
@@ -90,7 +91,7 @@ def run_batch(payload: str, keep_connection: bool = True) -> Any:
 
     Without `keep_connection` it leaves none open: idle processes, of which there can be more than batches, then hold nothing.
     """
-    given = json.loads(payload)
+    given = from_json(payload)
     if given["code_version"] != code_version():
         raise StaleCode(worker=code_version(), driver=given["code_version"])
     engine = get_engine()

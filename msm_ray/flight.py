@@ -3,9 +3,10 @@
 A node's failure stops only what depends on it. A lost batch is halved and tried again until the culprit stands alone.
 """
 
-from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
+from types import MappingProxyType
 from typing import Any
 
 import structlog
@@ -29,10 +30,17 @@ UPSTREAM_FIRST = {"prices": 0, "signal": 1, "portfolio": 2}
 
 
 class Flight:
-    """The nodes of one plan on their way: ready ones wait in groups that share inputs, batches fly, dependants of failures are skipped."""
+    """The nodes of one plan on their way: ready ones wait in groups that share inputs, batches fly, dependants of failures are skipped.
 
-    def __init__(self, plan: Plan, executor: Executor, errand: Errand, batch_size: int | None = None) -> None:
-        self.executor, self.errand, self.batch_size = executor, errand, batch_size
+    partitions  where the rows of nodes lie, in storages that are spread over partitions: batches that fly together keep apart there,
+                because two backends that extend one index wait for each other
+    """
+
+    def __init__(
+        self, plan: Plan, executor: Executor, errand: Errand, batch_size: int | None = None,
+        partitions: Mapping[Key, int] = MappingProxyType({}),
+    ) -> None:  # fmt: skip
+        self.executor, self.errand, self.batch_size, self.partitions = executor, errand, batch_size, partitions
         self.work, self.upstream = plan.work(), plan.upstream()
         self.sorter = TopologicalSorter(self.upstream)
         try:
@@ -70,7 +78,7 @@ class Flight:
         for key in self.sorter.get_ready():
             bad = next((self.blocked[up] for up in self.upstream[key] if up in self.blocked), None)
             if bad is None:
-                self.waiting[_group(key, self.work[key])].append(key)
+                self.waiting[(*_group(key, self.work[key]), self._lane(key))].append(key)
             else:
                 skipped.append(self._skip(key, bad))
         return skipped
@@ -84,14 +92,21 @@ class Flight:
         self.sorter.done(key)
         return result
 
+    def _lane(self, key: Key) -> int | None:
+        """Each worker's share of the partitions; None = its rows may lie anywhere."""
+        partition = self.partitions.get(key)
+        return None if partition is None else partition % self.executor.slots
+
     def _next_batch(self) -> list[Key]:
-        """The next nodes of a group: what others wait for comes first, then the most work.
+        """The next nodes of a group: what others wait for comes first, then what writes where the fewest do, then the most work.
 
         A batch is a share of all that is left, so the last ones are small and all workers end together; never so small that it is not
         worth a task, nor too large for memory. What little there is goes in equal parts to the workers that are idle. In the order of
         keys, as far as they are ready: rows then go to the right end of a primary key, which is its fast end.
         """
-        group = min(self.waiting, key=lambda g: (UPSTREAM_FIRST[g[0]], -sum(self.loads[key].seconds for key in self.waiting[g])))
+        flying = Counter(self._lane(keys[0]) for keys in self.flying.values())
+        work = {group: sum(self.loads[key].seconds for key in keys) for group, keys in self.waiting.items()}
+        group = min(self.waiting, key=lambda g: (UPSTREAM_FIRST[g[0]], flying[g[-1]] if g[-1] is not None else 0, -work[g]))
         waiting, batch, rows, cells, seconds = self.waiting[group], list[Key](), 0.0, 0.0, 0.0
         share = self._share()
         while waiting and len(batch) < (self.batch_size or BATCH_NODES_MAX):

@@ -19,7 +19,7 @@ from msm_core.errors import RunNotFound
 from msm_core.identity import node_uid
 from msm_core.models import LOADED_NAMESPACE, DataNodeUpdateTable, PortfoliosStorage, RunNodeTable, RunTable, SignalWeightsStorage
 from msm_core.plugins import code_version
-from msm_core.rows import document, upsert_rows
+from msm_core.rows import document, write_rows
 from msm_core.storage import Scope
 
 RUN, NODE = (sql.Identifier(table.__tablename__) for table in (RunTable, RunNodeTable))
@@ -38,7 +38,7 @@ def start_run(engine: Engine, as_of: datetime, arguments: Mapping[str, Any], ret
         "submitter": _submitter(),
     }
     with engine.begin() as connection:
-        upsert_rows(connection, RunTable, [row | {"retry_of": retry_of}], key=("uid",))
+        write_rows(connection, RunTable, [row | {"retry_of": retry_of}], key=("uid",))
     return uid
 
 
@@ -63,7 +63,7 @@ def record(engine: Engine, run_uid: uuid.UUID, results: Sequence[NodeResult], re
     ]
     if rows:
         with engine.begin() as connection:
-            upsert_rows(connection, RunNodeTable, rows, key=("run_uid", "node_uid"))
+            write_rows(connection, RunNodeTable, rows, key=("run_uid", "node_uid"))
 
 
 def _uid(kind: str, identifier: str) -> uuid.UUID:

@@ -57,7 +57,9 @@ class Plan:
             if isinstance(node, PortfoliosDataNode):
                 configuration = node.portfolio_configuration
                 source = configuration.price_source.key
-                needed = {("signal", configuration.signal_uid), *(prices.get((source, a), key) for a in node.assets)}
+                needed = {("signal", configuration.signal_uid)}
+                if prices:
+                    needed |= {prices.get((source, a), key) for a in node.assets}
             elif isinstance(node, SignalWeights):
                 read = [(r.source.key, name) for r in node.signal_weights_instance.requests for name in r.identifiers]
                 needed = {("portfolio", name) for name in self.tracked.get(node.identifier, ())}

@@ -19,8 +19,8 @@ from msm_core.data_nodes.base import NodeResult
 from msm_core.data_nodes.planning import new_scopes, read_world
 from msm_core.database import exported_snapshot, transaction
 from msm_core.garbage import collecting_seldom
-from msm_core.models import PortfoliosStorage
-from msm_core.storage import Scope, ensure_progress, read_progress, verify_prepared
+from msm_core.models import PortfoliosStorage, PortfolioWeightsStorage, SignalWeightsStorage
+from msm_core.storage import Scope, ensure_progress, partitions_of, read_progress, verify_prepared
 from msm_ray import ledger
 from msm_ray.executors import Errand, Executor
 from msm_ray.flight import Flight
@@ -28,6 +28,7 @@ from msm_ray.plan import Key, Plan, make_plan
 
 log = structlog.get_logger()
 
+WRITTEN = {"signal": SignalWeightsStorage, "portfolio": PortfolioWeightsStorage}  # most of the rows of a node
 BUSY_SECONDS_MAX = 60.0
 BUSY_PAUSE_SECONDS = 1.0
 
@@ -230,12 +231,25 @@ class _Run:
             results.extend(news)
             self._publish(news, reasons)
 
-        flight = Flight(plan, self.executor, Errand(self.as_of, self.run_uid, self.snapshot), self.options.batch_size)
+        errand = Errand(self.as_of, self.run_uid, self.snapshot)
+        flight = Flight(plan, self.executor, errand, self.options.batch_size, self._partitions(plan))
         flight.launch()
         note(plan.settled())  # while the workers work
         for batch in flight.results():
             note(batch)
         return results
+
+    def _partitions(self, plan: Plan) -> dict[Key, int]:
+        """Of nodes that are computed from scratch: an increment is a few rows everywhere, and groups of its own would cost more."""
+        fresh = [key for key, node in plan.work().items() if key[0] in WRITTEN and node.since is None]
+        if not fresh:
+            return {}
+        with transaction(self.engine, read_only=True) as connection:
+            return {
+                (kind, identifier): partition
+                for kind, storage in WRITTEN.items()
+                for identifier, partition in partitions_of(connection, storage, [i for k, i in fresh if k == kind]).items()
+            }
 
     def _publish(self, results: Sequence[NodeResult], reasons: dict[Key, str]) -> None:
         ledger.record(self.engine, self.run_uid, results, reasons)

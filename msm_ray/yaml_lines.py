@@ -210,7 +210,7 @@ class Document:
 def _message(found: ErrorDetails, way: Keys, known: Iterable[str]) -> str:
     """Pydantic's sentence, for people who write YAML."""
     text, value = found["msg"].removeprefix("Value error, ").replace("Input should be", "must be"), found["input"]
-    if found["type"] == "extra_forbidden":
+    if found["type"] in ("extra_forbidden", "unexpected_keyword_argument"):  # of a model, of a dataclass
         return f"unknown key{did_you_mean(str(way[-1]), known)}"
     if found["type"] == "missing":
         return "is missing"
@@ -221,13 +221,13 @@ def _message(found: ErrorDetails, way: Keys, known: Iterable[str]) -> str:
 
 
 def _fields(hint: Any, keys: Keys) -> Iterable[str]:
-    """Names of the fields of the model that `keys` lead to from the type `hint`; none for what is no model."""
+    """Names of the fields of the model or dataclass that `keys` lead to from the type `hint`; none for what is no model."""
     for key in keys:
-        fields = getattr(hint, "model_fields", {})
+        fields = getattr(hint, "__pydantic_fields__", {})
         hint = fields[key].annotation if key in fields else next((a for a in reversed(get_args(hint)) if a is not ...), None)
         if isinstance(hint, UnionType):  # an optional section
-            hint = next((a for a in get_args(hint) if hasattr(a, "model_fields")), hint)
-    return getattr(hint, "model_fields", ())
+            hint = next((a for a in get_args(hint) if hasattr(a, "__pydantic_fields__")), hint)
+    return getattr(hint, "__pydantic_fields__", ())
 
 
 def _with_durations(hint: Any, data: Any) -> Any:

@@ -18,7 +18,7 @@ from msm_core.api.fields import Instant, Json, Zone
 from msm_core.errors import ConfigurationError, EmptySchedule
 from msm_core.models import CalendarDateTable, CalendarEventTable, CalendarSessionTable, CalendarTable
 from msm_core.pandas_calendars import PandasCalendar, ScheduledSession
-from msm_core.rows import upsert_rows
+from msm_core.rows import upsert_rows, write_rows
 
 SOURCE = "pandas_market_calendars"
 DAY = timedelta(days=1)
@@ -143,7 +143,7 @@ class CalendarEvent(
 
 def _claimed(connection: Connection, asked: dict[str, Any]) -> RowMapping:
     """The calendar's row, made if absent, and locked so that two callers extend it one after the other."""
-    upsert_rows(connection, CalendarTable, [asked], key=("unique_identifier",), update=False)
+    write_rows(connection, CalendarTable, [asked], key=("unique_identifier",), update=False)
     columns = CalendarTable.__table__.c
     query = select(CalendarTable.__table__).where(columns.unique_identifier == asked["unique_identifier"])
     return connection.execute(query.with_for_update(key_share=True)).mappings().one()  # portfolios may still refer to it meanwhile
@@ -168,7 +168,7 @@ def _materialise(
     uid, by_day = calendar["uid"], {session.local_date: session for session in sessions}
     days = [start + n * DAY for n in range((end - start).days + 1)]
     dates = [_date_row(uid, day, by_day.get(day)) for day in days]
-    upsert_rows(connection, CalendarDateTable, dates, key=CalendarDate.__key__)
+    write_rows(connection, CalendarDateTable, dates, key=CalendarDate.__key__)
     columns = CalendarSessionTable.__table__.c
     unscheduled = any_(literal([day for day in days if day not in by_day], ARRAY(DATE)))
     connection.execute(
@@ -180,7 +180,7 @@ def _materialise(
         )
     )
     rows = [_session_row(calendar, session_label, session) for session in sessions]
-    upsert_rows(connection, CalendarSessionTable, rows, key=CalendarSession.__key__)
+    write_rows(connection, CalendarSessionTable, rows, key=CalendarSession.__key__)
 
 
 def _date_row(calendar_uid: uuid.UUID, day: date, session: ScheduledSession | None) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from msm_core.api.base import Row
 from msm_core.api.checks import refusals
 from msm_core.api.fields import Json
 from msm_core.models import PortfolioGroupMembershipTable, PortfolioGroupTable, PortfolioMetadataTable, PortfolioTable
-from msm_core.rows import upsert_rows
+from msm_core.rows import write_rows
 
 MEMBERSHIP_KEY = ("portfolio_group_uid", "portfolio_uid")
 
@@ -53,7 +53,7 @@ class PortfolioGroup(Row, table=PortfolioGroupTable, key=("unique_identifier",))
         """Add portfolios by unique_identifier; those already in stay. Raises RowNotFound naming unknown ones, and then adds none."""
         with refusals(PortfolioGroupMembershipTable), runtime.one_transaction(PortfolioGroupMembershipTable) as connection:
             members = self._members(Portfolio.get_many(dict.fromkeys(identifiers)))
-            upsert_rows(connection, PortfolioGroupMembershipTable, members, key=MEMBERSHIP_KEY, update=False)
+            write_rows(connection, PortfolioGroupMembershipTable, members, key=MEMBERSHIP_KEY, update=False)
         return self
 
     def remove_portfolios(self, identifiers: Iterable[str]) -> int:

@@ -29,7 +29,7 @@ from msm_core.database import redact, retrying, transaction
 from msm_core.errors import ConfigurationError, EmptySchedule, InvalidRow, LoadRefused, MsmError, SourceUnusable, UnusableFile
 from msm_core.frames import iso, utc
 from msm_core.models import AssetTable
-from msm_core.rows import upsert_rows
+from msm_core.rows import write_rows
 from msm_core.sessions import Sessions
 from msm_core.sources import Source, grain_problems, live_table
 from msm_core.storage import find_calendars
@@ -89,7 +89,7 @@ def load_prices(
                 raise LoadRefused(file=path.name, count=told.count, first=told.first(), errors=told.kept)
             if create_assets:
                 new = [{"unique_identifier": asset} for asset in unknown]
-                upsert_rows(connection, AssetTable, new, key=("unique_identifier",), update=False)
+                write_rows(connection, AssetTable, new, key=("unique_identifier",), update=False)
             if create_assets and calendar_uid:
                 stage.give_calendar(calendar_uid)
             written = _merged(stage, source)

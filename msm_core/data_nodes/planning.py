@@ -26,7 +26,7 @@ from msm_core.price_sources import PriceSource, SourceKey
 from msm_core.signals import Signal
 from msm_core.signals.computed import ComputedSignal
 from msm_core.sources import AssetFacts, Source, price_coverage, read_assets
-from msm_core.storage import Progress, ProgressRows, Scope, last_trades, read_progress
+from msm_core.storage import Progress, ProgressRows, Scope, held_assets, read_progress
 
 Reason = Literal[
     "new", "configuration changed", "code changed", "full refresh", "inputs advanced", "previous failure", "up to date", "invalid"
@@ -87,7 +87,7 @@ def read_world(
 
     price_sources  that are of interest beside those of the portfolios
     """
-    held = {i: trade.held() for i, trade in last_trades(connection, [c.identifier for c in configurations]).items()}
+    held = held_assets(connection, [c.identifier for c in configurations])
     needed = {c.identifier: {*c.signal.universe, *held.get(c.identifier, ()), *c.signal.override} for c in configurations}
     uses = [*((p, None, ()) for p in price_sources), *_uses(configurations, needed)]
     resolved = resolve_sources(connection, [source for source, _, _ in uses])

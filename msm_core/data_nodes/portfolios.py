@@ -41,9 +41,7 @@ class PortfoliosDataNode(BaseModel):
 
     def model_post_init(self, _context: Any) -> None:
         if self.identities:
-            configuration_hash, signal_uid = self.identities
-            self.portfolio_configuration.remember("configuration_hash", configuration_hash)
-            self.portfolio_configuration.signal.remember("uid", signal_uid)
+            self.portfolio_configuration.identified(*self.identities)
 
     @property
     def identifier(self) -> str:

@@ -24,7 +24,7 @@ from msm_core.models import (
     SignalMetadataTable,
     SignalWeightsStorage,
 )
-from msm_core.rows import upsert_rows
+from msm_core.rows import upsert_rows, write_rows
 from msm_core.storage import Scope, ensure_progress, find_calendars
 
 Version = tuple[int, dict[str, Any]]  # number and document of a stored configuration
@@ -58,18 +58,24 @@ class StoredFleet(NamedTuple):
 
 @collecting_seldom()
 def read_configurations(connection: Connection) -> StoredFleet:
-    """The newest configuration of every stored portfolio; all of them, whatever their number."""
+    """The newest configuration of every stored portfolio; all of them, whatever their number.
+
+    Their identities are those that were stored with them (`verify` works them out anew): hashing took a third of a night's planning.
+    """
     statement = sql.SQL("""
-        SELECT DISTINCT ON (p.unique_identifier) p.unique_identifier, c.configuration
+        SELECT DISTINCT ON (p.unique_identifier) p.unique_identifier, c.configuration, c.configuration_hash, c.signal_uid
         FROM {configuration} c JOIN {portfolio} p ON p.uid = c.portfolio_uid
         ORDER BY p.unique_identifier, c.version DESC
     """).format(configuration=_name(PortfolioConfigurationTable), portfolio=_name(PortfolioTable))
     fleet = StoredFleet([], {})
-    for identifier, stored in fetch(connection, statement, {}):
+    for identifier, stored, configuration_hash, signal_uid in fetch(connection, statement, {}):
         try:
-            fleet.configurations.append(PortfolioConfiguration.model_validate(stored))
+            configuration = PortfolioConfiguration.model_validate(stored)
         except (MsmError, ValidationError) as error:
             fleet.unreadable[identifier] = failure_facts(error)
+            continue
+        configuration.identified(configuration_hash, signal_uid)
+        fleet.configurations.append(configuration)
     return fleet
 
 
@@ -99,17 +105,17 @@ def _check_publishers(connection: Connection, configurations: Sequence[Portfolio
 def _upsert_metadata(connection: Connection, configurations: Sequence[PortfolioConfiguration]) -> None:
     signals = {c.signal_uid: c.portfolio_markets_configuration.signal_name or c.signal.explanation() for c in configurations}
     rows = [{"signal_uid": uid, "signal_description": name} for uid, name in signals.items()]
-    upsert_rows(connection, SignalMetadataTable, rows, key=("signal_uid",))
+    write_rows(connection, SignalMetadataTable, rows, key=("signal_uid",))
     strategies = {c.rebalance.uid: c.rebalance.model_dump(mode="json", exclude_none=True) for c in configurations}
     rows = [{"rebalance_strategy_uid": uid, "configuration_json": dump} for uid, dump in strategies.items()]
-    upsert_rows(connection, RebalanceStrategyMetadataTable, rows, key=("rebalance_strategy_uid",))
+    write_rows(connection, RebalanceStrategyMetadataTable, rows, key=("rebalance_strategy_uid",))
     described = [(c.identifier, c.portfolio_markets_configuration) for c in configurations]
     rows = [
         {"unique_identifier": i, "description": m.description or m.portfolio_name}
         for i, m in described
         if m.description or m.portfolio_name
     ]
-    upsert_rows(connection, PortfolioMetadataTable, rows, key=("unique_identifier",))
+    write_rows(connection, PortfolioMetadataTable, rows, key=("unique_identifier",))
 
 
 def _upsert_portfolios(
@@ -141,7 +147,7 @@ def _upsert_groups(connection: Connection, configurations: Sequence[PortfolioCon
     rows = [{"unique_identifier": tag} for tag in {tag for tag, _ in tags}]
     groups = {r["unique_identifier"]: r["uid"] for r in upsert_rows(connection, PortfolioGroupTable, rows, key=("unique_identifier",))}
     rows = [{"portfolio_group_uid": groups[tag], "portfolio_uid": portfolios[i]} for tag, i in sorted(tags)]
-    upsert_rows(connection, PortfolioGroupMembershipTable, rows, key=("portfolio_group_uid", "portfolio_uid"))
+    write_rows(connection, PortfolioGroupMembershipTable, rows, key=("portfolio_group_uid", "portfolio_uid"))
 
 
 def _newest_versions(connection: Connection, identifiers: Sequence[str]) -> dict[str, Version]:
@@ -167,7 +173,7 @@ def _store_versions(
         if document != newest:
             hashes = {"configuration_hash": c.configuration_hash, "signal_uid": c.signal_uid}
             rows.append({"portfolio_uid": portfolios[c.identifier], "version": version + 1, "configuration": document, **hashes})
-    upsert_rows(connection, PortfolioConfigurationTable, rows, key=("portfolio_uid", "version"), update=False)
+    write_rows(connection, PortfolioConfigurationTable, rows, key=("portfolio_uid", "version"), update=False)
     return len(rows)
 
 

@@ -32,7 +32,7 @@ from msm_core.models import (
     VirtualFundHoldingsStorage,
     VirtualFundTable,
 )
-from msm_core.rows import upsert_rows
+from msm_core.rows import upsert_rows, write_rows
 from msm_core.services.snapshot_rows import AccountHolding, AwareInstant, SnapshotPart, TargetPosition
 
 NAMED_MAX = 5  # snapshots or funds spelled out in an error
@@ -301,7 +301,7 @@ def _replace(stored: type[R], kind: _Kind, snapshots: Any, overwrite: bool) -> l
         _clear(connection, kind, older)
         heads = stored.get_many(offered)
         rows = [row.stored(head) for head, snapshot in zip(heads, read, strict=True) for row in snapshot.rows]
-        upsert_rows(connection, kind.row.__model__, rows, key=[column.name for column in table_of(kind.row.__model__).primary_key])
+        write_rows(connection, kind.row.__model__, rows, key=[column.name for column in table_of(kind.row.__model__).primary_key])
     return heads
 
 

@@ -6,13 +6,15 @@ from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic.dataclasses import dataclass
 
 from msm_core.frames import Floats
 from msm_core.signals.base import AssetIdentifier, ConstantSignal, sorted_unique
 
 
-class AssetWeight(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+@dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+class AssetWeight:
+    """A dataclass, not a model: a fleet has half a million of them, and these take an eighth of the memory."""
 
     unique_identifier: AssetIdentifier
     weight: float
