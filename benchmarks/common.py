@@ -23,9 +23,12 @@ from msm_core.verification import checksum
 from msm_ray import demo, prepare
 
 
-def options(description: str | None) -> argparse.Namespace:
+def options(description: str | None, **switches: str) -> argparse.Namespace:
+    """--quick, and `switches` by name with what each means."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="under 60 seconds, smaller")
+    for name, meaning in switches.items():
+        parser.add_argument(f"--{name}", action="store_true", help=meaning)
     return parser.parse_args()
 
 

@@ -5,7 +5,8 @@ python benchmarks/fleet_first.py [--quick]
 Three rounds of each style, each with portfolios of its own in the same growing tables, and each followed at once by its limit: the very
 rows of the round copied into equal empty tables by as many processes, and the same prices read once (limit.py). `efficiency` = limit /
 job, the median of the rounds. `vs_naive` is seconds per portfolio of naive.py over ours. Ray has started before the clock does, and the
-workers have run something; everything else counts: plan, signals, ledger. About 30 GB of disk, and half an hour; --quick is small.
+workers have run something; everything else counts: plan, signals, ledger. Storages are spread over eight partitions, as is best for a large
+first load (`msm-ray prepare --partitions 8`); with --plain they are not. About 30 GB of disk, and half an hour; --quick is small.
 """
 
 import statistics
@@ -18,6 +19,7 @@ import naive
 import synthetic
 from common import emit, options, peak_worker_mib, register, server
 
+from msm_ray import prepare
 from msm_ray.executors import RayExecutor
 from msm_ray.run import run_fleet
 
@@ -25,16 +27,19 @@ ROUNDS = 3
 PORTFOLIOS = {"every_session": 334, "month_end": 1_000}  # of a round; daily rounds are parts of one fleet of a thousand
 QUICK_PORTFOLIOS = {"every_session": 8, "month_end": 24}
 NAIVE_PORTFOLIOS = 8
+PARTITIONS = 8
 
 
 def main() -> None:
-    quick = options(__doc__).quick
+    chosen = options(__doc__, plain="storages without partitions")
+    quick = chosen.quick
     portfolios = QUICK_PORTFOLIOS if quick else PORTFOLIOS
     found: dict[str, dict[str, Any]] = {}
     with server() as fresh:
         executor = RayExecutor()
         try:
             engine = fresh(with_demo=False)
+            prepare.lay_out(engine, partitions=None if chosen.plain else PARTITIONS)
             closes = synthetic.load(engine)
             as_of = synthetic.through(closes[-2])
             warm = synthetic.fleet(2 * executor.slots, "month_end", prefix="warm", seed=ROUNDS)
@@ -44,7 +49,7 @@ def main() -> None:
                 seconds, efficiency, rows = [], [], 0
                 with peak_worker_mib() as peak:
                     for round_ in range(1 if quick else ROUNDS):
-                        fleet = synthetic.fleet(portfolios[style], style, prefix=f"{style}-{round_}-", seed=round_)
+                        fleet = synthetic.fleet(portfolios[style], style, prefix=f"{style[0]}{round_}-", seed=round_)
                         register(engine, fleet)
                         started = time.perf_counter()
                         report = run_fleet(engine, fleet, executor, as_of)
@@ -60,7 +65,7 @@ def main() -> None:
                             file=sys.stderr,
                         )
                 each = statistics.median(seconds) / portfolios[style]
-                some = synthetic.fleet(2 if quick else NAIVE_PORTFOLIOS, style, prefix=f"{style}-0-")
+                some = synthetic.fleet(2 if quick else NAIVE_PORTFOLIOS, style, prefix=f"{style[0]}0-")
                 theirs = {
                     name: naive.seconds_per_portfolio(executor._ray, engine, some, style, as_of, events_only=events_only)
                     for name, events_only in (("events", True), ("usual", False))

@@ -2,8 +2,8 @@
 
 python benchmarks/limit.py [--quick]
 
-The very rows that a fleet's run stored, encoded beforehand, are copied into equal empty tables by as many processes as the run had
-workers, a transaction per piece as long as the run's own; and the prices that the run needed are read once.
+The very rows that a fleet's run stored, encoded beforehand, are copied into equal empty tables, partitions included, by as many
+processes as the run had workers, a transaction per piece as long as the run's own; and the prices that the run needed are read once.
 """
 
 import multiprocessing
@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 import synthetic
 from common import emit, options, register, server
 from psycopg import sql
-from sqlalchemy import Engine
+from sqlalchemy import Connection, Engine
 
 from msm_core.configuration import PortfolioConfiguration
 from msm_core.copying import driver_connection
 from msm_core.database import get_engine, transaction
 from msm_core.models import PortfoliosStorage, PortfolioWeightsStorage, SignalWeightsStorage
 from msm_core.sources import find_sources, read_prices
+from msm_core.storage import partitions_of
 from msm_ray.executors import LocalExecutor
 from msm_ray.run import run_fleet
 
@@ -42,21 +43,24 @@ class Limit(NamedTuple):
 
 def measured(engine: Engine, fleet: Sequence[PortfolioConfiguration], processes: int) -> Limit:
     """The limit of what is stored of `fleet`. The tables of it are made for it, and dropped."""
+    names = [c.identifier for c in fleet]
     with engine.begin() as connection:
         for storage in STORAGES:
-            table = storage.__tablename__
-            connection.exec_driver_sql(f"DROP TABLE IF EXISTS limit_{table}")
-            connection.exec_driver_sql(f"CREATE TABLE limit_{table} (LIKE {table} INCLUDING ALL)")
+            _make_equal(connection, storage)
         weights = connection.exec_driver_sql(
-            f"SELECT count(*) FROM {PortfolioWeightsStorage.__tablename__} WHERE portfolio_identifier = ANY(%s)",
-            ([c.identifier for c in fleet],),
+            f"SELECT count(*) FROM {PortfolioWeightsStorage.__tablename__} WHERE portfolio_identifier = ANY(%s)", (names,)
         ).scalar_one()
-    pieces = max(round(weights / PIECE_ROWS / processes), 1) * processes
-    parts = [fleet[len(fleet) * i // pieces : len(fleet) * (i + 1) // pieces] for i in range(pieces)]
-    scopes = [([c.signal_uid for c in part], [c.identifier for c in part]) for part in parts]
+        lanes = partitions_of(connection, PortfolioWeightsStorage, names)
+    pieces = max(round(weights / PIECE_ROWS / processes), 1)  # of each process
+    lanes = lanes or {name: i * pieces * processes // len(names) for i, name in enumerate(names)}  # as batches are: neighbours together
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(processes), context.SimpleQueue()
-    workers = [context.Process(target=_copy, args=(scopes[i::processes], barrier, results)) for i in range(processes)]
+    workers = []
+    for process in range(processes):
+        own = [c for c in fleet if lanes[c.identifier] % processes == process]
+        parts = [own[len(own) * i // pieces : len(own) * (i + 1) // pieces] for i in range(pieces)]
+        scopes = [([c.signal_uid for c in part], [c.identifier for c in part]) for part in parts]
+        workers.append(context.Process(target=_copy, args=(scopes, barrier, results)))
     for worker in workers:
         worker.start()
     found = [results.get() for _ in workers]
@@ -66,6 +70,18 @@ def measured(engine: Engine, fleet: Sequence[PortfolioConfiguration], processes:
         for storage in STORAGES:
             connection.exec_driver_sql(f"DROP TABLE limit_{storage.__tablename__}")
     return Limit(sum(rows for rows, _ in found), max(seconds for _, seconds in found), _read_seconds(engine, fleet))
+
+
+def _make_equal(connection: Connection, storage: Any) -> None:
+    """An empty table like that of a storage, spread over as many partitions."""
+    table, new = storage.__tablename__, f"limit_{storage.__tablename__}"
+    modulus = connection.exec_driver_sql(f"SELECT count(*) FROM pg_inherits WHERE inhparent = '{table}'::regclass").scalar_one()
+    connection.exec_driver_sql(f"DROP TABLE IF EXISTS {new}")
+    spread = f"PARTITION BY HASH ({storage.__scope__})" if modulus else ""
+    connection.exec_driver_sql(f"CREATE TABLE {new} (LIKE {table} INCLUDING ALL) {spread}")
+    for remainder in range(modulus):
+        bound = f"WITH (MODULUS {modulus}, REMAINDER {remainder})"
+        connection.exec_driver_sql(f"CREATE TABLE {new}_{remainder} PARTITION OF {new} FOR VALUES {bound}")
 
 
 def _copy(scopes: Sequence[tuple[list[str], list[str]]], barrier: multiprocessing.synchronize.Barrier, results: Any) -> None:

@@ -21,16 +21,18 @@ from msm_core.errors import MsmError
 from msm_ray.cli_prepare import EXIT_PARTIAL
 from msm_ray.console import configure_logging, tell_error
 from msm_ray.fleet import load_fleet
+from msm_ray.layout import wish
 from msm_ray.prepare import lay_out, prepare
 from msm_ray.store import store_fleet, stored_price_sources
 
 
-def prepare_storage(file: Path | None, partition_by_year: bool = False) -> int:
+def prepare_storage(file: Path | None, partition_by_year: bool = False, partitions: int | None = None) -> int:
+    wish(partition_by_year, partitions)  # refused before anything is made
     engine, fleet = get_engine(), load_fleet(file) if file else None
     done = prepare(engine, price_sources_of(fleet.portfolios) if fleet else stored_price_sources(engine))
     stored = store_fleet(engine, fleet) if fleet else None
-    partitions = lay_out(engine, yearly=partition_by_year)  # the calendars that were stored say of which years
-    print(f"{len(done.pending) + len(partitions)} revisions and tables applied")
+    made = lay_out(engine, yearly=partition_by_year, partitions=partitions)  # the calendars that were stored say of which years
+    print(f"{len(done.pending) + len(made)} revisions and tables applied")
     if stored is not None:
         print(f"{stored} configurations new or changed")
     for problem in done.problems:
@@ -48,10 +50,17 @@ def main() -> int:
     parser.add_argument(
         "--partition-by-year", action="store_true", help="give weights, signals and values a partition per year; only while they are empty"
     )
+    parser.add_argument(
+        "--partitions",
+        type=int,
+        metavar="N",
+        help="spread weights, signals and values over N partitions by portfolio (or signal), 2 to 64: parallel first loads write faster; "
+        "only while they are empty",
+    )
     arguments = parser.parse_args()
     configure_logging(verbose=False)
     try:
-        return prepare_storage(arguments.file, arguments.partition_by_year)
+        return prepare_storage(arguments.file, arguments.partition_by_year, arguments.partitions)
     except MsmError as error:
         return tell_error(error)
 

@@ -129,11 +129,13 @@ class _ValueColumn:
     def __init__(self, values: np.ndarray) -> None:
         self.is_boolean = values.dtype.kind == "b"
         self.values = values.astype("datetime64[us]", copy=False) if values.dtype.kind == "M" else values
+        null = np.zeros(0, bool) if self.is_boolean else np.isnat(values) if values.dtype.kind == "M" else np.isnan(values)
+        self.null = null if null.any() else None  # looked for once: most columns have none
 
     def width(self, rows: slice) -> int:
         if self.is_boolean:
             return 5
-        return 4 if self._null(rows).all() else 12
+        return 12 if self.null is None or not self.null[rows].all() else 4
 
     def write(self, rows: slice, slots: np.ndarray) -> np.ndarray | None:
         """Fill (R, width) bytes; returns the mask of those that are used, None = all. Views of 4 and 8 bytes: single ones are slow."""
@@ -141,7 +143,6 @@ class _ValueColumn:
         if self.is_boolean:
             length[:], data[:, 0] = 1, values
             return None
-        null = self._null(rows)
         if not data.shape[1]:
             length[:] = -1
             return None
@@ -149,17 +150,14 @@ class _ValueColumn:
             data.view(">i8")[:, 0] = (values - POSTGRES_EPOCH).view(np.int64)
         else:
             data.view(">f8")[:, 0] = values
-        if not null.any():
+        null = None if self.null is None else self.null[rows]
+        if null is None or not null.any():
             length[:] = 8
             return None
         length[:] = np.where(null, -1, 8)
         used = np.ones(slots.shape, bool)
         used[null, 4:] = False
         return used
-
-    def _null(self, rows: slice) -> np.ndarray:
-        values = self.values[rows]
-        return np.isnat(values) if values.dtype.kind == "M" else np.isnan(values)
 
 
 class _TextColumn:

@@ -121,6 +121,13 @@ class StorageNotEmpty(StorageMismatch):
     )
 
 
+class StoragePartitioned(StorageMismatch):
+    message = (
+        "partitioned in another way: {differences}. Leave them so: partitions change no number. Or drop all of them, rows "
+        "included (DROP TABLE {all}): the same `msm-ray prepare` makes them anew, and the next run computes everything afresh."
+    )
+
+
 class StorageCollision(MsmError):
     message = (
         "storage {storage} was made for {stored}, but {given} has the same name. "

@@ -12,6 +12,7 @@ from msm_core.data_nodes.planning import price_sources_of
 from msm_ray import prepare as preparation
 from msm_ray.console import Output, OutputOption, emit_json, emit_table, err, out
 from msm_ray.fleet import load_fleet
+from msm_ray.layout import PARTITIONS_MAX, PARTITIONS_MIN, wish
 from msm_ray.session import connect
 from msm_ray.store import store_fleet, stored_price_sources
 
@@ -26,25 +27,36 @@ def prepare(
     partition_by_year: Annotated[
         bool, typer.Option("--partition-by-year", help="Give weights, signals and values a partition per year; only while they are empty.")
     ] = False,
+    partitions: Annotated[
+        int | None,
+        typer.Option(
+            min=PARTITIONS_MIN,
+            max=PARTITIONS_MAX,
+            help="Spread weights, signals and values over N partitions by portfolio (or signal): parallel first loads write faster; "
+            "only while they are empty.",
+            metavar="N",
+        ),
+    ] = None,
     output: OutputOption = Output.table,
 ) -> None:
     """Create and upgrade tables; with -f also store the fleet's calendars, identity rows and configurations. Idempotent.
 
-    Tables of interpolated prices are made for the portfolios of the file or, without one, for the stored ones. Partitions that storages
-    lack, which are partitioned by year, are made every time: up to two years ahead.
+    Tables of interpolated prices are made for the portfolios of the file or, without one, for the stored ones. Partitions that
+    are missing are made every time; those of years, up to two years ahead.
     """
+    wish(partition_by_year, partitions)  # refused before anything is made
     fleet = load_fleet(file) if file else None
     engine = connect()
     sources = price_sources_of(fleet.portfolios) if fleet else stored_price_sources(engine)
     if sql:
-        sys.stdout.write(preparation.ddl(engine, sources, yearly=partition_by_year))
+        sys.stdout.write(preparation.ddl(engine, sources, yearly=partition_by_year, partitions=partitions))
     elif check:
-        _show_pending(preparation.check(engine, sources, yearly=partition_by_year), output)
+        _show_pending(preparation.check(engine, sources, yearly=partition_by_year, partitions=partitions), output)
     else:
         done = preparation.prepare(engine, sources)
         stored = store_fleet(engine, fleet) if fleet else None
-        partitions = preparation.lay_out(engine, yearly=partition_by_year)  # the calendars that were stored say of which years
-        _show_prepared(replace(done, pending=(*done.pending, *partitions)), stored, output)
+        made = preparation.lay_out(engine, yearly=partition_by_year, partitions=partitions)  # the stored calendars say of which years
+        _show_prepared(replace(done, pending=(*done.pending, *made)), stored, output)
 
 
 def _show_pending(found: preparation.Preparation, output: Output) -> None:

@@ -52,6 +52,7 @@ class Flight:
         self.seconds_left = sum(load.seconds for load in self.loads.values())  # of what has not been submitted
         self.waiting: dict[tuple[Any, ...], deque[Key]] = defaultdict(deque)
         self.flying: dict[int, list[Key]] = {}
+        self.turns = defaultdict[int | None, int](int)  # the last ticket of each lane
         self.tickets = 0
 
     def launch(self) -> None:
@@ -106,7 +107,13 @@ class Flight:
         """
         flying = Counter(self._lane(keys[0]) for keys in self.flying.values())
         work = {group: sum(self.loads[key].seconds for key in keys) for group, keys in self.waiting.items()}
-        group = min(self.waiting, key=lambda g: (UPSTREAM_FIRST[g[0]], flying[g[-1]] if g[-1] is not None else 0, -work[g]))
+
+        def rank(group: tuple[Any, ...]) -> tuple[float, ...]:
+            lane = group[-1]
+            turn = (0, 0) if lane is None else (flying[lane], self.turns[lane])
+            return UPSTREAM_FIRST[group[0]], *turn, -work[group]
+
+        group = min(self.waiting, key=rank)
         waiting, batch, rows, cells, seconds = self.waiting[group], list[Key](), 0.0, 0.0, 0.0
         share = self._share()
         while waiting and len(batch) < (self.batch_size or BATCH_NODES_MAX):
@@ -132,6 +139,7 @@ class Flight:
         kind, _ = keys[0]
         self.tickets += 1
         self.flying[self.tickets] = keys
+        self.turns[self._lane(keys[0])] = self.tickets
         self.executor.submit(self.tickets, kind, encode_batch(kind, nodes, self.errand))
 
     def _land(self) -> list[NodeResult]:

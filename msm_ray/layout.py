@@ -1,23 +1,29 @@
-"""Physical layout of the hot storages: plain tables, or one partition per year (UTC) and one for the rest. Only `prepare` comes here.
+"""Physical layout of the hot storages: plain tables, or partitioned by year or by scope. Only `prepare` comes here.
 
-A storage becomes partitioned on request, while it is empty. Its years reach from the first stored session to two years from now; each later
-`prepare` makes the years that are missing. Rows of a year without a partition are in the rest, where every query finds them; they move
-when the year is made.
+A storage becomes partitioned on request, while it is empty; each later `prepare` makes the partitions that are missing.
 
-A new year takes its table alone, so a run waits for it, or it for the run. Before, the epochs of all progress move: a transaction whose
-snapshot is older would not find the moved rows, so it must not be able to claim any more, and starts again.
+By year (UTC), and one for the rest: the years reach from the first stored session to two years from now. Rows of a year without a
+partition are in the rest, where every query finds them; they move when the year is made.
+
+By scope: so many partitions by a hash of the portfolio, or the signal; their number stays what it was. A scope's rows are all in one, so
+two transactions whose scopes lie in different partitions extend different indexes, and neither waits for the other.
+
+A new partition takes its table alone, so a run waits for it, or it for the run. Before, the epochs of all progress move: a transaction
+whose snapshot is older would not find the moved rows, so it must not be able to claim any more, and starts again.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Literal
 
 from psycopg import sql
 from sqlalchemy import Connection, inspect
 from sqlalchemy.dialects import postgresql
 
 from msm_core.copying import Statement, driver_connection, execute, fetch
-from msm_core.errors import StorageMismatch, StorageNotEmpty
+from msm_core.errors import ConfigurationError, StorageMismatch, StorageNotEmpty, StoragePartitioned
 from msm_core.identity import physical_name
 from msm_core.models import (
     LOADED_NAMESPACE,
@@ -31,33 +37,42 @@ from msm_core.models import (
 from msm_core.storage import reset_progress
 
 HOT: tuple[type[StorageTable], ...] = (SignalWeightsStorage, PortfolioWeightsStorage, PortfoliosStorage)
-KEY = "RANGE (time_index)"  # as pg_get_partkeydef tells it; what is partitioned in any other way is somebody's own
+BY_YEAR = "RANGE (time_index)"  # as pg_get_partkeydef tells it; what is partitioned in a way that is not ours is somebody's own
 FIRST_YEAR = 1970  # while no session is stored
 YEARS_AHEAD = 2
+PARTITIONS_MIN, PARTITIONS_MAX = 2, 64  # by scope: a query of many scopes opens and locks them all
+
+Wish = Literal["year"] | int | None  # a partition per year, so many by scope, or as each storage is
+
+
+@dataclass(frozen=True)
+class Part:
+    """A partition: how its name ends, its bound, and the condition of the rows that the rest may hold of it."""
+
+    suffix: str
+    bound: sql.Composable
+    moved: sql.Composable | None = None
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What one storage lacks. `convert`: it is a plain table and is to be partitioned; `rest`: it has no partition for the rest."""
+    """What one storage lacks. `convert`: it is a plain table and is to be partitioned by `key`."""
 
     storage: type[StorageTable]
     convert: bool
-    years: Sequence[int]
-    rest: bool
+    key: str
+    parts: Sequence[Part]
 
     @property
     def tables(self) -> list[str]:
         """Names of what is to be made."""
-        rest = [partition_name(self.storage, None)] if self.rest else []
         converted = [self.storage.__tablename__] if self.convert else []
-        return [*converted, *(partition_name(self.storage, year) for year in self.years), *rest]
+        return [*converted, *(partition_name(self.storage, part.suffix) for part in self.parts)]
 
     def statements(self) -> list[Statement]:
         """The DDL. It keeps every row, also where it is run by hand after somebody has written."""
-        made = [s for year in self.years for s in _year(self.storage, year)]
-        if self.rest:
-            made += _partition(self.storage, None, sql.SQL("DEFAULT"))
-        return _conversion(self.storage, made) if self.convert else made
+        made = [s for part in self.parts for s in _partition(self.storage, part)]
+        return _conversion(self.storage, self.key, made) if self.convert else made
 
     def sql(self, connection: Connection) -> list[str]:
         """A whole transaction as text."""
@@ -65,16 +80,27 @@ class Layout:
         return ["BEGIN", *(statement.as_string(driver_connection(connection)).strip() for statement in statements), "COMMIT"]
 
 
-def partition_name(storage: type[StorageTable], year: int | None) -> str:
-    """Of a year, or None: of the rest. At most 63 bytes, and never that of another table of ours."""
-    return physical_name(f"{storage.__storage_kind__}_{'rest' if year is None else f'y{year}'}", LOADED_NAMESPACE)
+def wish(yearly: bool, partitions: int | None) -> Wish:
+    """What is asked for, as one. Raises ConfigurationError for both at once, and for a number out of range."""
+    if partitions is None:
+        return "year" if yearly else None
+    if yearly:
+        raise ConfigurationError(problems="--partitions and --partition-by-year exclude each other: a table has one layout. Give one.")
+    if not PARTITIONS_MIN <= partitions <= PARTITIONS_MAX:
+        raise ConfigurationError(problems=f"--partitions {partitions}: give a number from {PARTITIONS_MIN} to {PARTITIONS_MAX}.")
+    return partitions
 
 
-def lacking(connection: Connection, yearly: bool = False, storages: Sequence[type[StorageTable]] = HOT) -> list[Layout]:
-    """What partitioned ones among `storages` lack; with `yearly`, also plain ones, and those that are not there yet.
+def partition_name(storage: type[StorageTable], suffix: str) -> str:
+    """`y2024` of a year, `rest` of the rest, `h0` by scope. At most 63 bytes, and never that of another table of ours."""
+    return physical_name(f"{storage.__storage_kind__}_{suffix}", LOADED_NAMESPACE)
 
-    A year is there when any partition holds a part of it. Raises StorageNotEmpty, and StorageMismatch for a table that is partitioned
-    otherwise, or a partition's name that is taken; both only of what would be made.
+
+def lacking(connection: Connection, wanted: Wish = None, storages: Sequence[type[StorageTable]] = HOT) -> list[Layout]:
+    """What partitioned ones among `storages` lack; with a wish, also plain ones, and those that are not there yet.
+
+    A year is there when any partition holds a part of it. Raises StorageNotEmpty, StoragePartitioned for a table that is partitioned
+    otherwise than wanted, and StorageMismatch for a partition's name that is taken; all three only of what would be made.
     """
     statement = sql.SQL("""
         WITH parts AS (
@@ -84,18 +110,35 @@ def lacking(connection: Connection, yearly: bool = False, storages: Sequence[typ
                    SELECT FROM parts p WHERE p.inhparent = c.oid AND p.bound <> 'DEFAULT'
                       AND coalesce(substring(p.bound FROM 'FROM \\(''(.*?)''\\)')::timestamptz, '-infinity') < {end}
                       AND coalesce(substring(p.bound FROM 'TO \\(''(.*?)''\\)')::timestamptz, 'infinity') > {start})),
-               NOT EXISTS (SELECT FROM parts p WHERE p.inhparent = c.oid AND p.bound = 'DEFAULT')
+               ARRAY(SELECT p.bound FROM parts p WHERE p.inhparent = c.oid)
         FROM unnest(%(names)s::text[]) WITH ORDINALITY t(name, place) LEFT JOIN pg_class c ON c.oid = to_regclass(quote_ident(t.name))
         ORDER BY t.place
     """).format(start=sql.SQL("make_timestamptz(y, 1, 1, 0, 0, 0, 'UTC')"), end=sql.SQL("make_timestamptz(y + 1, 1, 1, 0, 0, 0, 'UTC')"))
     first, last = _span(connection)
-    names = {storage.__tablename__: storage for storage in storages}
+    of = {storage.__tablename__: storage for storage in storages}
     layouts: list[Layout] = []
-    for name, kind, key, years, rest in fetch(connection, statement, {"names": list(names), "first": first, "last": last}):
-        if key == KEY or (yearly and kind in (None, "r")):
-            layouts.append(Layout(names[name], kind != "p", years, rest))
-        elif yearly:
-            raise StorageMismatch(differences=f"{name}: it is partitioned by {key}, not {KEY}" if key else f"{name}: it is no table")
+    otherwise: list[str] = []
+    for name, kind, found, years, bounds in fetch(connection, statement, {"names": list(of), "first": first, "last": last}):
+        by_scope = f"HASH ({of[name].__scope__})"
+        asked = {None: None, "year": BY_YEAR}.get(wanted, by_scope)
+        convert = asked is not None and kind in (None, "r")
+        key = asked if convert else found
+        spread = [tuple(map(int, re.findall(r"\d+", bound))) for bound in bounds] if key == by_scope else []  # modulus, remainder
+        count = max((modulus for modulus, _ in spread), default=wanted)
+        if asked and key is None:
+            raise StorageMismatch(differences=f"{name}: it is no table")
+        if asked not in (None, key):
+            otherwise.append(f"{name}: it is partitioned by {key}, not {asked}")
+        elif key == by_scope and wanted not in (None, count):
+            otherwise.append(f"{name}: it has {count} partitions, not {wanted}")
+        elif key == BY_YEAR:
+            rest = [] if "DEFAULT" in bounds else [Part("rest", sql.SQL("DEFAULT"))]
+            layouts.append(Layout(of[name], convert, BY_YEAR, [*(_year(year) for year in years), *rest]))
+        elif key == by_scope and isinstance(count, int):  # one without any partition does not tell how many it is to have
+            missing = [r for r in range(count) if all(r % modulus != remainder for modulus, remainder in spread)]
+            layouts.append(Layout(of[name], convert, by_scope, [_remainder(count, r) for r in missing]))
+    if otherwise:
+        raise StoragePartitioned(differences="; ".join(otherwise), all=", ".join(s.__tablename__ for s in HOT))
     layouts = [layout for layout in layouts if layout.tables]
     _refuse(connection, layouts)
     return layouts
@@ -161,14 +204,14 @@ def _alone(storage: type[StorageTable]) -> list[Statement]:
     ]
 
 
-def _conversion(storage: type[StorageTable], partitions: Sequence[Statement]) -> list[Statement]:
+def _conversion(storage: type[StorageTable], key: str, partitions: Sequence[Statement]) -> list[Statement]:
     """A partitioned table in the place of a plain one, with its columns, comments and checks."""
     new, old = _table(storage), sql.Identifier(physical_name(f"{storage.__storage_kind__}_plain", LOADED_NAMESPACE))
     constraint = postgresql.dialect().identifier_preparer.format_constraint(storage.__table__.primary_key)  # type: ignore[attr-defined]
     columns = sql.SQL(", ").join(sql.Identifier(name) for name in storage.key_columns())
     return [
         sql.SQL("ALTER TABLE {} RENAME TO {}").format(new, old),
-        sql.SQL("CREATE TABLE {} (LIKE {} INCLUDING ALL EXCLUDING INDEXES) PARTITION BY {}").format(new, old, sql.SQL(KEY)),
+        sql.SQL("CREATE TABLE {} (LIKE {} INCLUDING ALL EXCLUDING INDEXES) PARTITION BY {}").format(new, old, sql.SQL(key)),  # type: ignore[arg-type]
         *partitions,
         sql.SQL("INSERT INTO {} SELECT * FROM {}").format(new, old),
         sql.SQL("DROP TABLE {}").format(old),
@@ -176,23 +219,26 @@ def _conversion(storage: type[StorageTable], partitions: Sequence[Statement]) ->
     ]
 
 
-def _year(storage: type[StorageTable], year: int) -> list[Statement]:
-    """A partition, filled with what the rest holds of its year; no other partition does."""
+def _partition(storage: type[StorageTable], part: Part) -> list[Statement]:
+    """A table of its own, comments included, filled with what the rest holds of it (no other partition does), and its becoming one."""
+    table, partition = _table(storage), sql.Identifier(partition_name(storage, part.suffix))
+    create = sql.SQL("CREATE TABLE {} (LIKE {} INCLUDING ALL)").format(partition, table)
+    attach = sql.SQL("ALTER TABLE {} ATTACH PARTITION {} {}").format(table, partition, part.bound)
+    if part.moved is None:
+        return [create, attach]
+    move = sql.SQL("WITH moved AS (DELETE FROM {} WHERE {} RETURNING *) INSERT INTO {} SELECT * FROM moved")
+    return [create, move.format(table, part.moved, partition), attach]
+
+
+def _year(year: int) -> Part:
     start, end = (sql.Literal(datetime(y, 1, 1, tzinfo=UTC).isoformat()) for y in (year, year + 1))
-    create, attach = _partition(storage, year, sql.SQL("FOR VALUES FROM ({}) TO ({})").format(start, end))
-    move = sql.SQL("""
-        WITH moved AS (DELETE FROM {} WHERE time_index >= {} AND time_index < {} RETURNING *) INSERT INTO {} SELECT * FROM moved
-    """).format(_table(storage), start, end, _name(storage, year))
-    return [create, move, attach]
+    bound, moved = sql.SQL("FOR VALUES FROM ({}) TO ({})"), sql.SQL("time_index >= {} AND time_index < {}")
+    return Part(f"y{year}", bound.format(start, end), moved.format(start, end))
 
 
-def _partition(storage: type[StorageTable], year: int | None, bound: Statement) -> list[Statement]:
-    """A table of its own, comments included, and its becoming a partition."""
-    table, partition = _table(storage), _name(storage, year)
-    return [
-        sql.SQL("CREATE TABLE {} (LIKE {} INCLUDING ALL)").format(partition, table),
-        sql.SQL("ALTER TABLE {} ATTACH PARTITION {} {}").format(table, partition, bound),
-    ]
+def _remainder(modulus: int, remainder: int) -> Part:
+    bound = sql.SQL("FOR VALUES WITH (MODULUS {}, REMAINDER {})").format(sql.Literal(modulus), sql.Literal(remainder))
+    return Part(f"h{remainder}", bound)
 
 
 def _grants(connection: Connection, storage: type[StorageTable]) -> list[Statement]:
@@ -215,7 +261,3 @@ def _grants(connection: Connection, storage: type[StorageTable]) -> list[Stateme
 
 def _table(table: type) -> sql.Identifier:
     return sql.Identifier(table.__tablename__)
-
-
-def _name(storage: type[StorageTable], year: int | None) -> sql.Identifier:
-    return sql.Identifier(partition_name(storage, year))

@@ -3,7 +3,7 @@
 1. The static chain in `migrations/` is upgraded to its head, and the catalogue rows of the static storages are written with it.
 2. The tables of the price policies that a fleet needs are derived from what the catalogue says of their sources, compared with the
    tables that are there, and made where they are missing - also when a catalogue row says that they exist: a row is not a table.
-3. Storages that are partitioned by year get the years that they lack, see `layout`.
+3. Storages that are partitioned, by year or by scope, get the partitions that they lack, see `layout`.
 
 Every transaction that looks and makes begins with the lock, so no lost connection lets two of them in at once. Tables are made in
 transactions of at most `TABLES_MAX`, with their catalogue rows and the rendered operations, because every new table holds locks until
@@ -71,11 +71,12 @@ class Preparation:
         return not (self.pending or self.drifted or self.missing)
 
 
-def check(engine: Engine, price_sources: Iterable[PriceSource] = (), *, yearly: bool = False) -> Preparation:
+def check(engine: Engine, price_sources: Iterable[PriceSource] = (), *, yearly: bool = False, partitions: int | None = None) -> Preparation:
     """What is pending, drifted or missing, without changing anything; the physical tables are looked at, not only their rows.
 
-    yearly  as of `lay_out`, whose errors it raises
+    yearly, partitions  as of `lay_out`, whose errors it raises
     """
+    wish = layout.wish(yearly, partitions)
     check_server(engine)
     with engine.connect() as connection:
         present = set(inspect(connection).get_table_names())
@@ -85,9 +86,9 @@ def check(engine: Engine, price_sources: Iterable[PriceSource] = (), *, yearly: 
         rows = _catalogued(connection, wanted) if CATALOGUE in present else {}
         unlisted = [s.__tablename__ for s in wanted if s.logical_name() not in rows]
         incomplete = [] if static or CATALOGUE not in present else _without_cadence(connection)
-        partitions = [name for lacking in layout.lacking(connection, yearly) for name in lacking.tables]
+        parts = [name for lacking in layout.lacking(connection, wish) for name in lacking.tables]
         return Preparation(
-            pending=(*static, *unlisted, *(f"cadence of {name}" for name in incomplete), *partitions),
+            pending=(*static, *unlisted, *(f"cadence of {name}" for name in incomplete), *parts),
             drifted=(*([] if static else _static_drift(connection)), *found.drifted),
             missing=tuple(sorted({*MetaTable.metadata.tables} - present | {*found.creations} - {*unlisted})),
             problems=tuple(problems),
@@ -122,35 +123,40 @@ def prepare(engine: Engine, price_sources: Iterable[PriceSource] = ()) -> Prepar
     return Preparation(tuple(made), repaired=tuple(repaired), problems=tuple(problems))
 
 
-def lay_out(engine: Engine, *, yearly: bool = False) -> tuple[str, ...]:
-    """Make the partitions that partitioned storages lack; with `yearly`, make plain storages partitioned that are empty.
+def lay_out(engine: Engine, *, yearly: bool = False, partitions: int | None = None) -> tuple[str, ...]:
+    """Make the partitions that partitioned storages lack; with one of the options, make plain storages partitioned that are empty.
 
-    One transaction per storage, so that no more than one is locked. Returns the names of the tables made. Which years there must be
-    follows from the stored calendars: call it after they have been stored. Raises StorageNotEmpty, StorageMismatch, PrepareBusy.
+    yearly      a partition per year; which years there must be follows from the stored calendars: call it after they have been stored
+    partitions  so many by scope, 2 to 64
+
+    One transaction per storage, so that no more than one is locked. Returns the names of the tables made. Raises StorageNotEmpty,
+    StoragePartitioned, StorageMismatch, PrepareBusy; ConfigurationError for both options at once, or a number out of range.
     """
+    wish = layout.wish(yearly, partitions)
     with engine.connect() as connection:
-        storages = [lacking.storage for lacking in layout.lacking(connection, yearly)]
+        storages = [lacking.storage for lacking in layout.lacking(connection, wish)]
     made: list[str] = []
     for storage in storages:
         with _working(engine) as connection:
-            for lacking in layout.lacking(connection, yearly, [storage]):
+            for lacking in layout.lacking(connection, wish, [storage]):
                 made += layout.lay_out(connection, lacking)
     return tuple(made)
 
 
-def ddl(engine: Engine, price_sources: Iterable[PriceSource] = (), *, yearly: bool = False) -> str:
-    """The SQL of everything that is pending, as text; `yearly` as of `lay_out`."""
+def ddl(engine: Engine, price_sources: Iterable[PriceSource] = (), *, yearly: bool = False, partitions: int | None = None) -> str:
+    """The SQL of everything that is pending, as text; `yearly` and `partitions` as of `lay_out`, whose errors it raises."""
+    wish = layout.wish(yearly, partitions)
     output = io.StringIO()
     with engine.connect() as connection:
         static = pending_revisions(connection)
         found = _compare(connection, _wanted(connection, price_sources)[0])
-        partitions = [text for lacking in layout.lacking(connection, yearly) for text in lacking.sql(connection)]
+        parts = [text for lacking in layout.lacking(connection, wish) for text in lacking.sql(connection)]
     if static:
         command.upgrade(alembic_config(None, output), f"{_before(static[0])}:head", sql=True)
     offline = MigrationContext.configure(dialect_name="postgresql", opts={"as_sql": True, "output_buffer": output})
     for operation in found.creations.values():
         Operations(offline).invoke(operation)
-    output.writelines(f"{text};\n\n" for text in partitions)
+    output.writelines(f"{text};\n\n" for text in parts)
     return output.getvalue()
 
 

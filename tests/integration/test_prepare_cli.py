@@ -1,5 +1,6 @@
 """`msm-ray prepare` as a user meets it: what it says before, what it does once, and what a run finds."""
 
+import runpy
 import sys
 from datetime import date
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 from sqlalchemy import Engine
 
 from msm_ray import cli
+from tests import factories
 from tests.factories import relations, sql, versions
 from tests.integration import test_cli
 from tests.integration.test_cli import Cli
@@ -120,6 +122,65 @@ def test_partitions_by_year_are_of_the_calendars_that_the_file_brings(run_cli: C
     sql(engine, "DROP TABLE msm__portfolios_y2025")
     assert run_cli("prepare", "--check") == (10, CLEAN | {"pending": ["msm__portfolios_y2025"]})
     assert run_cli("prepare") == (0, NOTHING | {"applied": ["msm__portfolios_y2025"]})
+
+
+@pytest.mark.usefixtures("bars")
+def test_partitions_by_scope_are_as_many_as_asked_for(run_cli: Cli, engine: Engine, tmp_path: Path) -> None:
+    fleet = write_fleet(tmp_path, *(f"{{ id: f{i}, prices: exact }}" for i in range(16)))
+    made = [f"{table}{part}" for table in factories.OUTPUTS for part in ("", "_h0", "_h1", "_h2", "_h3")]
+    assert run_cli("prepare", "-f", str(fleet)) == (0, NOTHING | {"applied": [EXACT], "configurations_stored": 16})
+    assert run_cli("prepare", "--check", "--partitions", "4") == (10, CLEAN | {"pending": made})
+    assert run_cli("prepare", "-f", str(fleet), "--partitions", "4") == (0, NOTHING | {"applied": made, "configurations_stored": 0})
+    assert run_cli("prepare", "--check") == run_cli("prepare", "--check", "--partitions", "4") == (0, CLEAN)
+    assert run_cli("prepare", "-f", str(fleet), "--partitions", "4") == (0, NOTHING | {"configurations_stored": 0})
+    assert run_cli("run", "--executor", "local", "--as-of", "2024-02-10")[0] == 0
+    assert run_cli("verify")[1]["violations"] == []
+
+    code, error = run_cli("prepare", "--partitions", "8")
+    assert (code, error["error"]["reason"]) == (2, "storage_partitioned")
+    assert "msm__portfolios: it has 4 partitions, not 8. Leave them so" in error["error"]["message"]
+
+
+def test_the_ddl_of_partitions_is_printed(engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    before = relations(engine)
+    monkeypatch.setattr(sys, "argv", ["msm-ray", "prepare", "--sql", "--partitions", "2"])
+    with pytest.raises(SystemExit, match="0"):
+        cli.main()
+    printed = capsys.readouterr().out
+    assert 'ATTACH PARTITION "msm__portfolios_h1" FOR VALUES WITH (MODULUS 2, REMAINDER 1);' in printed
+    assert relations(engine) == before
+
+
+@pytest.mark.parametrize("given", [(), ("--check",), ("--sql",)])
+def test_one_layout_at_a_time_and_nothing_is_made(run_cli: Cli, empty_engine: Engine, given: tuple[str, ...]) -> None:
+    code, error = run_cli("prepare", "--partitions", "4", "--partition-by-year", *given)
+    assert (code, error["error"]["reason"]) == (2, "configuration_error")
+    assert "--partitions and --partition-by-year exclude each other" in error["error"]["message"]
+    for number in ("1", "65", "many"):
+        assert run_cli("prepare", "--partitions", number, *given) == (2, None)
+    assert relations(empty_engine) == []
+
+
+def test_the_job_knows_both_layouts(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    job = runpy.run_path(str(Path(__file__).parents[2] / "jobs" / "prepare_storage.py"))
+    file = ("--file", str(write_fleet(tmp_path, "{ id: e, prices: exact }")))
+
+    def submit(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["prepare_storage.py", *arguments])
+        return job["main"](), *capsys.readouterr()
+
+    before = relations(engine)
+    for refused, told in ((("4", "--partition-by-year"), "exclude each other"), (("65",), "--partitions 65: give a number from 2 to 64")):
+        code, out, err = submit(*file, "--partitions", *refused)
+        assert (code, out, told in err) == (2, "", True)
+    assert relations(engine) == before
+    code, out, _ = submit(*file, "--partitions", "4")
+    assert (code, out) == (0, "16 revisions and tables applied\n1 configurations new or changed\n")  # 1 + 3 * (1 + 4)
+    code, out, _ = submit("--partitions", "4")
+    assert (code, out) == (0, "0 revisions and tables applied\n")
+    assert sql(engine, "SELECT count(*) FROM pg_class WHERE relispartition AND relkind = 'r'") == [(12,)]
 
 
 def test_storages_with_rows_stay_as_they_are(run_cli: Cli, engine: Engine) -> None:

@@ -12,6 +12,7 @@ from msm_core import frames, sources, storage
 from msm_core.database import transaction
 from msm_core.errors import SourceUnusable, StorageNotPrepared
 from msm_core.models import ExternalPricesStorage, PortfoliosStorage, SignalWeightsStorage
+from msm_ray import prepare
 from tests import factories
 
 scheduled = factories.scheduled
@@ -374,6 +375,39 @@ def test_the_last_trade_of_each_portfolio_and_of_no_other(engine):  # R73
     assert trade.held() == ("B", "C")
     assert (trade.weights.tolist(), trade.prices.tolist()) == ([0.0, 0.7, -0.2], [11.0, 20.0, 30.0])
     np.testing.assert_array_equal(trade.volumes, [np.nan, 5.0, np.nan])
+
+
+def test_what_is_held_is_what_the_last_trade_left_with_a_weight(engine):  # R70, R73
+    store_trade(engine, "p", "02", A=(1.0, 10.0, None))
+    store_trade(engine, "p", "05", b=(0.7, 20.0, 5.0), A=(0.0, 11.0, None), Z=(-0.2, 30.0, None))
+    store_trade(engine, "sold", "09", A=(0.0, 12.0, None))
+    with engine.connect() as connection:
+        assert storage.held_assets(connection, ["p", "sold", "ghost"]) == {"p": ("Z", "b"), "sold": ()}
+        assert storage.held_assets(connection, []) == {}
+
+
+def test_the_partition_of_a_scope_is_where_its_rows_lie(engine):
+    names = [f"p{i}" for i in range(40)] + HOSTILE
+    with engine.connect() as connection:
+        assert storage.partitions_of(connection, PortfoliosStorage, names) == {}  # a plain table
+    prepare.lay_out(engine, partitions=5)
+    factories.sql(
+        engine,
+        'INSERT INTO msm__portfolios (portfolio_identifier, time_index, close, "return", calculated_close, close_time)'
+        " SELECT n, '2024-01-02 21:00Z', 1, 0, 1, '2024-01-02 21:00Z' FROM unnest(%s::text[]) n",
+        (names,),
+    )
+    lie = dict(factories.sql(engine, "SELECT portfolio_identifier, right(tableoid::regclass::text, 1)::int FROM msm__portfolios"))
+    assert set(lie.values()) == set(range(5))
+    with engine.connect() as connection:
+        assert storage.partitions_of(connection, PortfoliosStorage, names) == lie
+        assert storage.partitions_of(connection, PortfoliosStorage, []) == {}
+
+
+def test_years_are_nobodys_partition(engine):
+    prepare.lay_out(engine, yearly=True)
+    with engine.connect() as connection:
+        assert storage.partitions_of(connection, PortfoliosStorage, ["p"]) == {}
 
 
 def test_values_by_exact_key(engine):

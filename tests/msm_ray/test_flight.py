@@ -156,6 +156,21 @@ def test_the_most_work_flies_first_and_what_others_wait_for_before_it():
     assert executor.batches[0][0] == "signal"
 
 
+def test_batches_that_fly_together_write_into_different_partitions():
+    first = [node(c, since=None) for c in fleet(120, LONG_AGO, assets=90)]
+    partitions = {("portfolio", p.identifier): i * 7 % 8 for i, p in enumerate(first)}  # 15 in each of eight
+    executor = flown(first, slots=2, partitions=partitions)
+    lanes = [{partitions["portfolio", name] % 2 for name in names} for _, names in executor.batches]
+    assert all(len(lane) == 1 for lane in lanes)
+    # they land in the order in which they were submitted, so two neighbours run at the same time: by turns they are even and odd
+    assert [lane.pop() for lane in lanes[:12]] == [0, 1] * 6  # until the smaller half is done
+
+
+def test_nodes_whose_partition_is_not_told_share_batches_as_ever():
+    nights = [node(c) for c in fleet(400)]
+    assert flown(nights, partitions={}).batches == flown(nights).batches
+
+
 def test_no_more_than_two_batches_per_slot_are_in_flight():
     for slots in (1, 3):
         assert flown([node(c) for c in fleet(100)], slots, batch_size=2).most == 2 * slots

@@ -1,9 +1,9 @@
-"""Storages partitioned by year: the same numbers as in plain tables, and nothing that is compared, refused or made goes astray."""
+"""Partitioned storages: the same numbers as in plain tables, and nothing that is compared, refused or made goes astray.
 
-import os
+What holds of both layouts, and of the one by year; test_spread_layout has the one by scope, test_layout_text what is printed and named.
+"""
+
 import re
-import subprocess
-import sys
 import threading
 import uuid
 from collections.abc import Sequence
@@ -47,19 +47,8 @@ FIRST = 2023  # of the calendar
 SESSIONS = 60  # from 2023-11-20 to 2024-02-09
 NIGHTS = ("2023-12-15", "2023-12-29", "2024-01-03", "2024-01-04", "2024-03-01")
 CLEAN = prepare.Preparation(())
-
-# in another process, because a namespace is fixed when the models are first imported
-NAMES_IN_NAMESPACE = """
-from msm_core.database import get_engine
-from msm_core.models import MetaTable
-from msm_ray import layout, prepare
-engine = get_engine()
-prepare.prepare(engine)
-made = prepare.lay_out(engine, yearly=True)
-assert prepare.check(engine).is_clean
-assert not set(made) & (set(MetaTable.metadata.tables) - {s.__tablename__ for s in layout.HOT})
-print(*made)
-"""
+YEARLY, SPREAD = {"yearly": True}, {"partitions": 4}
+both = pytest.mark.parametrize("asked", [YEARLY, SPREAD], ids=["year", "scope"])
 
 
 def names(table: str, years: Sequence[int] = range(FIRST, LAST + 1)) -> list[str]:
@@ -111,14 +100,15 @@ def digest(engine: Engine) -> str:
 # -- numbers ------------------------------------------------------------------------------------------------------------------
 
 
-def test_every_road_leaves_the_same_bits_as_in_plain_tables(engine: Engine) -> None:
+@pytest.mark.parametrize(("asked", "held"), [(YEARLY, ["y2023", "y2024"]), (SPREAD, ["h0", "h1", "h2", "h3"])], ids=["year", "scope"])
+def test_every_road_leaves_the_same_bits_as_in_plain_tables(engine: Engine, asked: dict[str, Any], held: list[str]) -> None:
     calendar(engine)
     market(engine)
     assert run(engine, fleet(), "2024-03-01").exit_code == 0
     plain, dumped = digest(engine), factories.dump(engine)
 
     sql(engine, f"TRUNCATE {', '.join(OUTPUTS)}")
-    prepare.lay_out(engine, yearly=True)
+    prepare.lay_out(engine, **asked)
     for night in NIGHTS:  # by the new tables alone, progress begins anew
         assert run(engine, fleet(), night, registered=True).exit_code == 0
     assert (digest(engine), factories.dump(engine)) == (plain, dumped)
@@ -126,27 +116,36 @@ def test_every_road_leaves_the_same_bits_as_in_plain_tables(engine: Engine) -> N
     assert run(engine, fleet(), "2024-03-01", full_refresh=True).exit_code == 0
     assert (digest(engine), factories.dump(engine)) == (plain, dumped)
 
-    held = sql(engine, "SELECT tableoid::regclass::text, count(*) FROM msm__portfolios GROUP BY 1 ORDER BY 1")
-    assert [table for table, _ in held] == ["msm__portfolios_y2023", "msm__portfolios_y2024"]
-    assert sql(engine, "SELECT DISTINCT extract(year FROM time_index)::int FROM ONLY msm__signal_weights_rest") == [(1970,)]
+    for table in ("msm__portfolios", "msm__portfolio_weights"):
+        found = sql(engine, f"SELECT DISTINCT tableoid::regclass::text FROM {table} ORDER BY 1")
+        assert found == [(f"{table}_{suffix}",) for suffix in held]
 
 
-def test_a_night_that_failed_is_retried_to_the_same_bits(yearly: Engine) -> None:
+def test_what_emits_in_1970_is_in_the_rest(yearly: Engine) -> None:
     market(yearly)
-    assert run(yearly, fleet(), "2024-03-01").exit_code == 0
-    whole = factories.dump(yearly)
-    sql(yearly, f"TRUNCATE {', '.join(OUTPUTS)}")
-    sql(yearly, "UPDATE msm__data_node_update SET watermark = NULL, epoch = 0, row_count = 0")
+    assert run(yearly, fleet(), NIGHTS[0]).exit_code == 0
+    assert sql(yearly, "SELECT DISTINCT extract(year FROM time_index)::int FROM ONLY msm__signal_weights_rest") == [(1970,)]
 
-    assert run(yearly, fleet(), NIGHTS[1]).exit_code == 0
+
+@both
+def test_a_night_that_failed_is_retried_to_the_same_bits(engine: Engine, asked: dict[str, Any]) -> None:
+    calendar(engine)
+    prepare.lay_out(engine, **asked)
+    market(engine)
+    assert run(engine, fleet(), "2024-03-01").exit_code == 0
+    whole = factories.dump(engine)
+    sql(engine, f"TRUNCATE {', '.join(OUTPUTS)}")
+    sql(engine, "UPDATE msm__data_node_update SET watermark = NULL, epoch = 0, row_count = 0")
+
+    assert run(engine, fleet(), NIGHTS[1]).exit_code == 0
     refused = "ALTER TABLE msm__portfolio_weights ADD CONSTRAINT broken CHECK (portfolio_identifier <> 'p03' OR time_index < '2024-01-01')"
-    sql(yearly, refused)  # only the partition of the new year can break it
-    report = run(yearly, fleet(), "2024-03-01", registered=True)
+    sql(engine, refused)  # of the years, only the new one can break it
+    report = run(engine, fleet(), "2024-03-01", registered=True)
     assert {i: s for i, s in factories.statuses(report).items() if s != "landed"} == {"p03": "failed"}
-    sql(yearly, "ALTER TABLE msm__portfolio_weights DROP CONSTRAINT broken")
-    assert factories.statuses(run(yearly, fleet(), "2024-03-01", registered=True))["p03"] == "landed"
-    assert factories.dump(yearly) == whole
-    digest(yearly)
+    sql(engine, "ALTER TABLE msm__portfolio_weights DROP CONSTRAINT broken")
+    assert factories.statuses(run(engine, fleet(), "2024-03-01", registered=True))["p03"] == "landed"
+    assert factories.dump(engine) == whole
+    digest(engine)
 
 
 # -- what is made -------------------------------------------------------------------------------------------------------------
@@ -178,22 +177,26 @@ def test_without_calendars_they_begin_with_1970(engine: Engine) -> None:
     assert [name for name in pending if "portfolios" in name][1:] == names("msm__portfolios", range(1970, LAST + 1))
 
 
-def test_alembic_finds_nothing_to_do_and_downgrade_leaves_nothing(yearly: Engine) -> None:
-    with yearly.begin() as connection:
+@both
+def test_alembic_finds_nothing_to_do_and_downgrade_leaves_nothing(engine: Engine, asked: dict[str, Any]) -> None:
+    calendar(engine)
+    prepare.lay_out(engine, **asked)
+    with engine.begin() as connection:
         command.check(prepare.alembic_config(connection))  # by migrations/env.py; raises where something would be generated
         context = MigrationContext.configure(connection, opts={"compare_type": True, "compare_server_default": True})
         differences = compare_metadata(context, MetaTable.metadata)
         strangers = {d[1].name for d in differences if d[0] == "remove_table"}  # without env.py's filter, children are somebody's tables
-        assert strangers == {*partitions(yearly), "msm__alembic_version"}
+        assert strangers == {*partitions(engine), "msm__alembic_version"}
         assert len(differences) == sum(1 for d in differences if d[0].startswith("remove_"))
-    with yearly.begin() as connection:
+    with engine.begin() as connection:
         command.downgrade(prepare.alembic_config(connection), "base")
-    assert sql(yearly, "SELECT relname::text FROM pg_class WHERE relname LIKE 'msm\\_\\_%%' AND relkind IN ('r', 'p')") == [
+    assert sql(engine, "SELECT relname::text FROM pg_class WHERE relname LIKE 'msm\\_\\_%%' AND relkind IN ('r', 'p')") == [
         ("msm__alembic_version",)
     ]
 
 
-def test_parents_and_partitions_are_what_the_migrations_made(engine: Engine) -> None:
+@both
+def test_parents_and_partitions_are_what_the_migrations_made(engine: Engine, asked: dict[str, Any]) -> None:
     def described(*tables: str) -> dict[str, list[tuple[Any, ...]]]:
         columns = """SELECT attname::text, format_type(atttypid, atttypmod), attnotnull, attcollation, col_description(attrelid, attnum)
                      FROM pg_attribute WHERE attrelid = %s::regclass AND attnum > 0 ORDER BY attnum"""
@@ -203,14 +206,17 @@ def test_parents_and_partitions_are_what_the_migrations_made(engine: Engine) -> 
     key = "SELECT conname::text FROM pg_constraint WHERE conrelid = 'msm__portfolios'::regclass AND contype = 'p'"
     plain, plain_key = described(*OUTPUTS), sql(engine, key)
     calendar(engine)
-    prepare.lay_out(engine, yearly=True)
+    prepare.lay_out(engine, **asked)
     assert described(*OUTPUTS) == plain
     assert sql(engine, key) == plain_key
-    for table in OUTPUTS:
-        assert all(facts == plain[table] for facts in described(*names(table)).values())
+    parents = dict(sql(engine, "SELECT i.inhrelid::regclass::text, i.inhparent::regclass::text FROM pg_inherits i"))
+    made = described(*partitions(engine))
+    assert {parents[name] for name in made} == {*OUTPUTS}
+    assert all(facts == plain[parents[name]] for name, facts in made.items())
 
 
-def test_rights_and_owner_are_kept(engine: Engine) -> None:
+@both
+def test_rights_and_owner_are_kept(engine: Engine, asked: dict[str, Any]) -> None:
     calendar(engine)
     worker, owner = (f"layout_{uuid.uuid4().hex[:8]}" for _ in range(2))  # roles belong to the whole server
     try:
@@ -221,7 +227,7 @@ def test_rights_and_owner_are_kept(engine: Engine) -> None:
                     FROM pg_class c LEFT JOIN pg_attribute a ON a.attrelid = c.oid AND a.attacl IS NOT NULL,
                     aclexplode(coalesce(a.attacl, c.relacl)) r WHERE c.relname = ANY(%s) ORDER BY 1, 2, 3, 4, 5"""
         before = sql(engine, rights, (list(OUTPUTS),))
-        prepare.lay_out(engine, yearly=True)
+        prepare.lay_out(engine, **asked)
         assert sql(engine, rights, (list(OUTPUTS),)) == before
         with rival(engine) as connection:
             connection.execute("SELECT set_config('role', %s, true)", (worker,))
@@ -327,24 +333,26 @@ def test_partitions_of_somebody_else_count_for_their_years(yearly: Engine) -> No
 # -- what is refused ----------------------------------------------------------------------------------------------------------
 
 
-def test_tables_with_rows_are_refused_with_a_remedy_and_left_alone(engine: Engine) -> None:
+@both
+def test_tables_with_rows_are_refused_with_a_remedy_and_left_alone(engine: Engine, asked: dict[str, Any]) -> None:
     calendar(engine)
     value(engine, "2024-01-02Z")
     before = factories.relations(engine), factories.versions(engine)
     for attempt in (prepare.check, prepare.lay_out, prepare.ddl):
         with pytest.raises(StorageNotEmpty, match=rf"rows: msm__portfolios\. .*TRUNCATE {', '.join(OUTPUTS)};"):
-            attempt(engine, yearly=True)
+            attempt(engine, **asked)
     assert (factories.relations(engine), factories.versions(engine)) == before
     assert prepare.check(engine) == CLEAN
 
 
-def test_a_row_that_comes_while_it_waits_is_seen(engine: Engine) -> None:
+@both
+def test_a_row_that_comes_while_it_waits_is_seen(engine: Engine, asked: dict[str, Any]) -> None:
     calendar(engine)
     raised: list[Exception] = []
 
     def convert() -> None:
         try:
-            prepare.lay_out(engine, yearly=True)
+            prepare.lay_out(engine, **asked)
         except StorageNotEmpty as error:
             raised.append(error)
 
@@ -394,44 +402,3 @@ def test_a_static_storage_without_its_key_has_drifted(engine: Engine, yearly: En
     assert prepare.check(engine).drifted == ()
     sql(engine, "ALTER TABLE msm__portfolios DROP CONSTRAINT pk_msm__portfolios")
     assert prepare.check(engine).drifted == ("msm__portfolios: its primary key is (), not (portfolio_identifier, time_index)",)
-
-
-# -- text and names -----------------------------------------------------------------------------------------------------------
-
-
-def test_the_printed_ddl_makes_the_same_and_loses_no_row(engine: Engine) -> None:
-    calendar(engine)
-    sql(engine, "GRANT SELECT ON msm__portfolios TO PUBLIC")
-    printed = prepare.ddl(engine, yearly=True)
-    assert printed.count("BEGIN;\n") == printed.count("COMMIT;\n") == len(OUTPUTS)
-    value(engine, "2024-01-02Z", "2019-01-02Z")  # between printing and running it
-    with rival(engine) as connection:
-        connection.execute(printed)  # type: ignore[arg-type] - the text of this project's own DDL
-    assert prepare.check(engine) == prepare.check(engine, yearly=True) == CLEAN
-    where = "SELECT tableoid::regclass::text FROM msm__portfolios ORDER BY time_index"
-    assert sql(engine, where) == [("msm__portfolios_rest",), ("msm__portfolios_y2024",)]
-    assert sql(engine, "SELECT relacl::text LIKE '%=r/%' FROM pg_class WHERE relname = 'msm__portfolios'") == [(True,)]
-    assert prepare.ddl(engine) == ""
-
-
-def test_an_empty_database_is_printed_and_made_with_its_partitions(empty_engine: Engine) -> None:
-    printed = prepare.ddl(empty_engine, yearly=True)
-    assert factories.relations(empty_engine) == []
-    with rival(empty_engine, autocommit=True) as connection:
-        connection.execute(printed)  # type: ignore[arg-type] - the text of this project's own DDL
-    prepare.prepare(empty_engine)  # the catalogue's rows
-    assert prepare.check(empty_engine, yearly=True) == CLEAN
-    assert len(partitions(empty_engine)) == 3 * (LAST - 1970 + 2)
-
-
-@pytest.mark.parametrize("namespace", ["y2024", "a_rather_long_namespace_name_30"])
-def test_names_are_those_of_a_namespace_and_fit(yearly: Engine, namespace: str) -> None:
-    environment = {**os.environ, "MSM_AUTO_REGISTER_NAMESPACE": namespace}
-    done = subprocess.run([sys.executable, "-c", NAMES_IN_NAMESPACE], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    made = done.stdout.split()
-    assert len(made) == len(set(made)) == 3 * (LAST - 1970 + 3)
-    assert all(len(name) <= 63 for name in made)
-    assert set(made).isdisjoint({*partitions(yearly)} - {*made})
-    query = "SELECT DISTINCT inhparent::regclass::text FROM pg_inherits WHERE inhrelid::regclass::text = ANY(%s)"
-    assert sorted(name for (name,) in sql(yearly, query, (made,))) == sorted(f"{table}__{namespace}" for table in OUTPUTS)

@@ -5,8 +5,10 @@ import pytest
 from pydantic import ValidationError
 
 from msm_core.data_nodes.registration import read_configurations
+from msm_core.database import transaction
 from msm_core.errors import ConfigurationError, IndexTaken
 from msm_core.models import MetaTable
+from msm_core.verification import verify
 from tests import factories
 from tests.factories import equal, fixed, portfolio, register, run, schedule
 
@@ -51,6 +53,26 @@ def test_registering_writes_identity_and_progress_rows_only(engine):  # R13, R15
     }
     progress = factories.progress(engine)
     assert {(row["watermark"], row["epoch"], row["row_count"]) for row in progress.values()} == {(None, 0, 0)}
+
+
+def test_stored_identities_are_taken_as_stored_and_verify_works_them_out_anew(engine):
+    factories.store_calendar(engine)
+    configurations = [portfolio("p", equal("A", "B")), portfolio("q", fixed(A=0.5, B=0.5))]
+    register(engine, configurations)
+    assert [(c.configuration_hash, c.signal_uid) for c in stored(engine)] == [(c.configuration_hash, c.signal_uid) for c in configurations]
+
+    wrong = "0" * 32
+    for column in ("configuration_hash", "signal_uid"):
+        with transaction(engine, read_only=True) as connection:
+            assert verify(connection).violations == ()
+        change = f"UPDATE msm__portfolio_configuration SET {column} = %s WHERE {column} = %s"
+        right = getattr(configurations[1], column)
+        factories.sql(engine, change, (wrong, right))
+        assert [getattr(c, column) for c in stored(engine)] == [getattr(configurations[0], column), wrong]
+        with transaction(engine, read_only=True) as connection:
+            (told,) = verify(connection).violations
+        assert told == "Portfolio q: the identity stored with its configuration is not that of its content"
+        factories.sql(engine, change, (right, wrong))
 
 
 def test_registering_again_writes_nothing(engine):  # R11, R12

@@ -44,7 +44,7 @@ class TestContract(SignalContract):
         (BASE | {"asset_unique_identifier_weights": pairs(A=float("inf"))}, "finite number"),
         (BASE | {"asset_unique_identifier_weights": [{"unique_identifier": "", "weight": 1.0}]}, "at least 1 character"),
         (BASE | {"asset_unique_identifier_weights": [{"unique_identifier": "A" * 256, "weight": 1.0}]}, "at most 255 characters"),
-        (BASE | {"asset_unique_identifier_weights": [{"unique_identifier": "A", "weight": 1.0, "note": "x"}]}, "Unexpected keyword argument"),
+        (BASE | {"asset_unique_identifier_weights": [{"unique_identifier": "A", "weight": 1.0, "note": "x"}]}, "Unexpected keyword"),
         (BASE | {"effective_from": "2020-01-01T00:00:00"}, "timezone"),
         (BASE | {"override_asset": ""}, "at least 1 character"),
     ]
