@@ -58,16 +58,22 @@ def decided_events(
 
 
 def _instants(configuration: PortfolioConfiguration, sessions: Sessions, after: np.datetime64, end: np.datetime64) -> Instants:
-    """Session closes; with `signal_change` on an intraday grid all valuation times; for a strategy of the open the first of a session."""
+    """Session closes; with `signal_change` on an intraday grid all valuation times; for a strategy of the open the first of a session.
+
+    Of the window alone, and of what decides at its beginning, where decisions hang on nothing but the signal: a night is short.
+    """
     strategy, every = configuration.rebalance, np.arange(len(sessions.closes))
     if strategy.trades_at_open:
         return Instants(sessions.first_times(configuration.frequency), every)
-    if strategy.rebalance_on != "signal_change" or configuration.frequency >= timedelta(days=1):
+    by_bar = strategy.rebalance_on == "signal_change" and configuration.frequency < timedelta(days=1)
+    if not (by_bar or strategy.decides_by_target):
         return Instants(sessions.closes, every)
     first = max(int(np.searchsorted(sessions.closes, after)) - strategy.execution_lag - 2, 0)
-    window = sessions.part(slice(first, int(np.searchsorted(sessions.closes, end)) + 1))
-    times = window.valuation_times(configuration.frequency)
-    return Instants(times, first + np.searchsorted(window.closes, times))
+    window = slice(first, int(np.searchsorted(sessions.closes, end)) + 1)
+    if not by_bar:
+        return Instants(sessions.closes[window], every[window])
+    times = sessions.part(window).valuation_times(configuration.frequency)
+    return Instants(times, first + np.searchsorted(sessions.closes[window], times))
 
 
 def _starts(configuration: PortfolioConfiguration, sessions: Sessions, instants: Instants) -> Times:

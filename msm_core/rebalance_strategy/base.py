@@ -160,6 +160,12 @@ class RebalanceStrategy(Spec):
                 return valid & sessions.period_ends("quarter", through)
 
     @property
+    def decides_by_target(self) -> bool:
+        """Whether `decisions` looks at nothing but its `target` and `changed`: then it may be given a part of the sessions."""
+        own = type(self).decisions is not RebalanceStrategy.decisions  # of a subclass, which may look at the calendar
+        return self.rebalance_on in ("every_session", "signal_change") and not own
+
+    @property
     def trades_at_open(self) -> bool:
         """Decided, and traded, at the first valuation time of a session instead of its close."""
         return False
