@@ -22,9 +22,9 @@ import msm_core
 from msm_core.api import Asset
 from msm_core.api.sources import register_source
 from msm_core.configuration import PortfolioConfiguration
-from msm_core.data_nodes.planning import price_sources_of
 from msm_core.data_nodes.prices import APIDataNode
 from msm_core.data_nodes.registration import register_portfolios
+from msm_core.data_nodes.world import price_sources_of
 from msm_core.identity import logical_identifier, storage_uid
 from msm_ray import demo, prepare
 from msm_ray.executors import make_executor

@@ -15,7 +15,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from msm_core.data_nodes.planning import price_sources_of
+from msm_core.data_nodes.world import price_sources_of
 from msm_core.database import get_engine
 from msm_core.errors import MsmError
 from msm_ray.cli_prepare import EXIT_PARTIAL

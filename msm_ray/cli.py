@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from msm_core.data_nodes.planning import read_world
+from msm_core.data_nodes.world import read_world
 from msm_core.database import transaction
 from msm_core.errors import MsmError, SelectionError
 from msm_core.storage import verify_prepared

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from msm_core.data_nodes.planning import price_sources_of
+from msm_core.data_nodes.world import price_sources_of
 from msm_ray import prepare as preparation
 from msm_ray.console import Output, OutputOption, emit_json, emit_table, err, out
 from msm_ray.fleet import load_fleet

@@ -18,9 +18,10 @@ from msm_core.configuration import PortfolioConfiguration
 from msm_core.data_nodes.base import NodeResult
 from msm_core.data_nodes.dependencies import plan_nodes
 from msm_core.data_nodes.interpolated_prices import InterpolatedAsset
-from msm_core.data_nodes.planning import NodePlan, World, plan_prices, with_prices
+from msm_core.data_nodes.planning import NodePlan, plan_prices, with_prices
 from msm_core.data_nodes.portfolios import PortfoliosDataNode
 from msm_core.data_nodes.signals import SignalWeights
+from msm_core.data_nodes.world import World
 from msm_core.errors import DependencyFailed
 
 Key = tuple[str, str]  # (kind, identifier)

@@ -16,7 +16,8 @@ from sqlalchemy import Engine
 
 from msm_core.configuration import PortfolioConfiguration
 from msm_core.data_nodes.base import NodeResult
-from msm_core.data_nodes.planning import new_scopes, read_world
+from msm_core.data_nodes.planning import new_scopes
+from msm_core.data_nodes.world import read_world
 from msm_core.database import exported_snapshot, transaction
 from msm_core.garbage import collecting_seldom
 from msm_core.models import PortfoliosStorage, PortfolioWeightsStorage, SignalWeightsStorage

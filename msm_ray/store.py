@@ -4,8 +4,8 @@ from sqlalchemy import Engine, inspect
 
 import msm_core
 from msm_core.api import Calendar, CalendarDate, CalendarSession
-from msm_core.data_nodes.planning import price_sources_of
 from msm_core.data_nodes.registration import read_configurations, register_portfolios
+from msm_core.data_nodes.world import price_sources_of
 from msm_core.database import transaction
 from msm_core.models import PortfolioConfigurationTable
 from msm_core.price_sources import PriceSource

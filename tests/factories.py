@@ -27,9 +27,9 @@ from msm_core.configuration import (
     PortfolioMarketsConfig,
     PriceAlignmentPolicy,
 )
-from msm_core.data_nodes.planning import read_world
 from msm_core.data_nodes.prices import APIDataNode
 from msm_core.data_nodes.registration import register_portfolios
+from msm_core.data_nodes.world import read_world
 from msm_core.database import transaction
 from msm_core.frames import Times, utc
 from msm_core.models import ExternalPricesStorage, PortfoliosStorage, PortfolioWeightsStorage, SignalWeightsStorage

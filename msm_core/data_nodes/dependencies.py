@@ -7,9 +7,10 @@ from graphlib import CycleError, TopologicalSorter
 
 from msm_core.configuration import PortfolioConfiguration
 from msm_core.data_nodes.base import failure_facts
-from msm_core.data_nodes.planning import NodePlan, World, plan_portfolio, plan_signal, with_coverage
+from msm_core.data_nodes.planning import NodePlan, plan_portfolio, plan_signal
 from msm_core.data_nodes.portfolios import PortfoliosDataNode
 from msm_core.data_nodes.signals import SignalWeights
+from msm_core.data_nodes.world import World, with_coverage
 from msm_core.errors import CyclicPlan, DependencyFailed
 from msm_core.frames import BEGINNING
 from msm_core.price_sources import PublishedValues, SourceKey

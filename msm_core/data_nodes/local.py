@@ -11,10 +11,11 @@ from msm_core.data_nodes.construction import PortfolioKind
 from msm_core.data_nodes.dependencies import dependencies, tracks_values, upstream_of
 from msm_core.data_nodes.interpolated_prices import InterpolatedAsset, InterpolatedPrices, resolve_sources
 from msm_core.data_nodes.interpolation import PricesKind
-from msm_core.data_nodes.planning import NodePlan, new_scopes, plan_portfolio, plan_prices, plan_signal, read_world, with_prices
+from msm_core.data_nodes.planning import NodePlan, new_scopes, plan_portfolio, plan_prices, plan_signal, with_prices
 from msm_core.data_nodes.portfolios import PortfoliosDataNode
 from msm_core.data_nodes.registration import read_configurations, register_portfolios
 from msm_core.data_nodes.signals import SignalKind, SignalWeights
+from msm_core.data_nodes.world import read_world
 from msm_core.database import exported_snapshot, get_engine, transaction
 from msm_core.errors import ConfigurationError, MsmError, NodeFailed, StorageNotPrepared, UnknownAssets
 from msm_core.storage import ensure_progress, read_progress, verify_prepared

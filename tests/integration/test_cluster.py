@@ -90,13 +90,16 @@ def drive(folder: Path) -> None:
     notes, told = Notes(folder), dict[str, Any]()
 
     def kill_one() -> None:
-        """All of a machine: its raylet and its worker, which else would have the time to end its batch."""
+        """All of a machine: its raylet and its worker, which is frozen first: else it would have the time to end its batch."""
         while not (len({node_of(note) for note in notes.done()}) == 2 and (busy := notes.cut_off())):
             time.sleep(0.05)
         told.update(worked=len({node_of(note) for note in notes.done()}), done=len(notes.done()))
-        cluster.remove_node(next(node for node in nodes if node.node_id == node_of(busy[0])), allow_graceful=False)
+        newest = max(busy, key=lambda note: int(note.split("-")[2]))
+        worker = int(newest.split("-")[1])
+        os.kill(worker, signal.SIGSTOP)
+        cluster.remove_node(next(node for node in nodes if node.node_id == node_of(newest)), allow_graceful=False)
         with suppress(ProcessLookupError):
-            os.kill(int(busy[0].split("-")[1]), signal.SIGKILL)
+            os.kill(worker, signal.SIGKILL)
 
     threading.Thread(target=kill_one, daemon=True).start()
     engine = get_engine()

@@ -20,8 +20,9 @@ from msm_core.configuration import PortfolioConfiguration
 from msm_core.data_nodes.base import Batch, NodeResult, update_batch
 from msm_core.data_nodes.interpolated_prices import InterpolatedPrices, InterpolatedPricesConfig, storage_of
 from msm_core.data_nodes.interpolation import PricesKind
-from msm_core.data_nodes.planning import new_scopes, plan_prices, read_world
+from msm_core.data_nodes.planning import new_scopes, plan_prices
 from msm_core.data_nodes.prices import APIDataNode
+from msm_core.data_nodes.world import read_world
 from msm_core.database import transaction
 from msm_core.errors import ConfigurationError, NodeFailed, SourceNotRegistered, SourceUnusable, StorageNotPrepared, UnknownAssets
 from msm_core.models import ExternalPricesStorage, InterpolatedPricesStorage

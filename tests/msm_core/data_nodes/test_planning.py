@@ -12,8 +12,9 @@ from sqlalchemy import Engine
 
 from msm_core.data_nodes import portfolios
 from msm_core.data_nodes.interpolated_prices import Resolved
-from msm_core.data_nodes.planning import World, plan_portfolio, plan_signal
+from msm_core.data_nodes.planning import plan_portfolio, plan_signal
 from msm_core.data_nodes.portfolios import portfolio_code_version, portfolio_scopes
+from msm_core.data_nodes.world import World
 from msm_core.models import ExternalPricesStorage, SignalWeightsStorage
 from msm_core.signals import EqualWeights
 from msm_core.sources import AssetFacts, Source

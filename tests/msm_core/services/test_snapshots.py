@@ -176,7 +176,7 @@ def test_the_number_of_statements_does_not_depend_on_snapshots_or_rows(engine: E
         rows_of = [held(a.unique_identifier, 1.0, **({"is_trade_snapshot": True} if i % 2 else {})) for i, a in enumerate(many.assets)]
         return [HoldingsSnapshot(a, NOON, rows_of[:rows]) for a in many.accounts[:accounts]]
 
-    for make, replace, most in ((targets, replace_target_positions, 11), (holdings, replace_account_holdings, 12)):
+    for make, replace, most in ((targets, replace_target_positions, 10), (holdings, replace_account_holdings, 11)):
         sizes = []
         for accounts, rows in ((1, 1), (1, 50), (100, 50)):
             with counted(engine) as sent:
