@@ -99,21 +99,13 @@ class Flight:
         return None if partition is None else partition % self.executor.slots
 
     def _next_batch(self) -> list[Key]:
-        """The next nodes of a group: what others wait for comes first, then what writes where the fewest do, then the most work.
+        """The next nodes of a group: what others wait for comes first, then the most work.
 
         A batch is a share of all that is left, so the last ones are small and all workers end together; never so small that it is not
         worth a task, nor too large for memory. What little there is goes in equal parts to the workers that are idle. In the order of
         keys, as far as they are ready: rows then go to the right end of a primary key, which is its fast end.
         """
-        flying = Counter(self._lane(keys[0]) for keys in self.flying.values())
-        work = {group: sum(self.loads[key].seconds for key in keys) for group, keys in self.waiting.items()}
-
-        def rank(group: tuple[Any, ...]) -> tuple[float, ...]:
-            lane = group[-1]
-            turn = (0, 0) if lane is None else (flying[lane], self.turns[lane])
-            return UPSTREAM_FIRST[group[0]], *turn, -work[group]
-
-        group = min(self.waiting, key=rank)
+        group = self._next_group()
         waiting, batch, rows, cells, seconds = self.waiting[group], list[Key](), 0.0, 0.0, 0.0
         share = self._share()
         while waiting and len(batch) < (self.batch_size or BATCH_NODES_MAX):
@@ -126,6 +118,19 @@ class Flight:
         if not waiting:
             del self.waiting[group]
         return batch
+
+    def _next_group(self) -> tuple[Any, ...]:
+        """Of the lanes of a group it is the turn of the one in which the fewest batches fly."""
+        flying = Counter(self._lane(keys[0]) for keys in self.flying.values())
+        seconds: dict[tuple[Any, ...], float] = defaultdict(float)
+        for (*alike, _), keys in self.waiting.items():
+            seconds[tuple(alike)] += sum(self.loads[key].seconds for key in keys)
+
+        def rank(group: tuple[Any, ...]) -> tuple[float, ...]:
+            *alike, lane = group
+            return UPSTREAM_FIRST[group[0]], -seconds[tuple(alike)], flying[lane], self.turns[lane]
+
+        return min(self.waiting, key=rank)
 
     def _share(self) -> float:
         """Seconds of work that the next batch should have."""

@@ -166,6 +166,15 @@ def test_batches_that_fly_together_write_into_different_partitions():
     assert [lane.pop() for lane in lanes[:12]] == [0, 1] * 6  # until the smaller half is done
 
 
+def test_a_partition_is_no_reason_to_fly_before_or_after_others():
+    short = [portfolio(f"x{i}", fixed(A0=1.0), column="open") for i in range(40)]
+    first = [node(c, since=None) for c in fleet(40, LONG_AGO)]
+    executor = flown([*map(node, short), *first], slots=1, partitions={("portfolio", p.identifier): 3 for p in first})
+    order = [names[0][0] for _, names in executor.batches]
+    assert (order[0], order[-1]) == ("p", "x")  # the most work first
+    assert order == sorted(order)
+
+
 def test_nodes_whose_partition_is_not_told_share_batches_as_ever():
     nights = [node(c) for c in fleet(400)]
     assert flown(nights, partitions={}).batches == flown(nights).batches
