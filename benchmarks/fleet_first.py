@@ -1,12 +1,12 @@
 """The first run of a fleet: 1 000 portfolios x 2 500 sessions x 50 assets out of 500, rebalanced daily and monthly, by two Ray workers.
 
-python benchmarks/fleet_first.py [--quick]
+python benchmarks/fleet_first.py [--quick] [--plain]
 
 Three rounds of each style, each with portfolios of its own in the same growing tables, and each followed at once by its limit: the very
 rows of the round copied into equal empty tables by as many processes, and the same prices read once (limit.py). `efficiency` = limit /
 job, the median of the rounds. `vs_naive` is seconds per portfolio of naive.py over ours. Ray has started before the clock does, and the
-workers have run something; everything else counts: plan, signals, ledger. Storages are spread over eight partitions, as is best for a large
-first load (`msm-ray prepare --partitions 8`); with --plain they are not. About 30 GB of disk, and half an hour; --quick is small.
+workers have run something; everything else counts: plan, signals, ledger. Storages are spread over eight partitions, as is best for a first
+load of daily weights (`msm-ray prepare --partitions 8`); with --plain they are not. About 30 GB of disk, half an hour; --quick is small.
 """
 
 import statistics

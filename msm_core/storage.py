@@ -111,9 +111,9 @@ def partitions_of(connection: Connection, storage: type[StorageTable], scopes: S
     return dict(fetch(connection, statement, {"scopes": list(scopes)}))
 
 
-RECENT = sql.SQL("interval '400 days'")  # looked at first: in a storage with a partition per year, the rest of them is left alone
-
 # -- signals, weights, values -------------------------------------------------------------------------------------------------
+
+RECENT = sql.SQL("interval '400 days'")  # looked at first: in a storage with a partition per year, the rest of them is left alone
 
 
 def read_signal_weights(connection: Connection, signal_uids: Sequence[str], since: datetime, through: datetime) -> dict[str, SignalRows]:

@@ -35,7 +35,7 @@ from msm_core.errors import MsmError, PrepareBusy, SourceNotRegistered, StorageC
 from msm_core.identity import identity, physical_name
 from msm_core.models import LOADED_NAMESPACE, SNAPSHOTS, STORAGES, MetaTable, StorageTable, TimeIndexMetaTable
 from msm_core.price_sources import PriceSource, SourceKey
-from msm_core.rows import upsert_rows
+from msm_core.rows import write_rows
 from msm_core.sources import TIME_TYPE, Source, read_sources
 from msm_core.storage import reset_progress
 from msm_ray import comparison, layout
@@ -230,7 +230,7 @@ def _catalogue_static(connection: Connection) -> list[str]:
     }
     rows = [_catalogue_row(storage) for storage in (*STORAGES, *SNAPSHOTS)]
     kept = [row | {n: v for n, v in told.get(str(row["identifier"]), {}).items() if v is not None} for row in rows]
-    upsert_rows(connection, TimeIndexMetaTable, kept, key=("identifier",))
+    write_rows(connection, TimeIndexMetaTable, kept, key=("identifier",))
     return repaired
 
 
@@ -354,6 +354,6 @@ def _make(connection: Connection, found: Comparison, collisions: list[StorageCol
             made.append(storage)
         if storage.__tablename__ not in drifted:
             wanted.append(given)
-    upsert_rows(connection, TimeIndexMetaTable, wanted, key=("identifier",))
+    write_rows(connection, TimeIndexMetaTable, wanted, key=("identifier",))
     reset_progress(connection, [s.logical_name() for s in made if s.__tablename__ in found.creations])  # of a table that was dropped
     return [s.__tablename__ for s in made]
