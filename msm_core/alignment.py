@@ -62,7 +62,7 @@ class Market:
         object.__setattr__(self, "places", {asset: i for i, asset in enumerate(self.assets)})
 
     def columns(self, assets: Sequence[str]) -> np.ndarray:
-        return np.array([self.places[a] for a in assets], dtype=np.int64)
+        return np.fromiter(map(self.places.__getitem__, assets), np.int64, len(assets))
 
     def digests(self, columns: np.ndarray, rows: slice) -> list[bytes]:
         """sha256 of the prices and volumes of each of some assets; worked out once for all portfolios that hold it."""

@@ -18,7 +18,7 @@ from msm_core.configuration import PortfolioConfiguration
 from msm_core.decisions import decided_events
 from msm_core.errors import MissingPrices, ScopeUndetermined
 from msm_core.execution import Job, execute, tape_of
-from msm_core.frames import TICK, Floats, LastTrade, Times, iso
+from msm_core.frames import TICK, Floats, LastTrade, Times, in_order, iso
 from msm_core.signals import Vectors
 from msm_core.signals.computed import ComputedSignal
 from msm_core.valuation import ACCOUNTINGS, Bars, Opening, Order, Trades
@@ -52,7 +52,7 @@ class State:
 
     def held(self) -> tuple[str, ...]:
         """Assets that it holds, and those that it is about to."""
-        return tuple(sorted({*self.last_trade.held(), *(self.order.assets if self.order else ())}))
+        return in_order(self.last_trade.held(), self.order.assets if self.order else ())
 
 
 @dataclass(frozen=True)
@@ -97,12 +97,13 @@ class Construction:
     @cached_property
     def volumes(self) -> Floats:
         """(K, N) volume of the bar of each trade; NaN where unknown."""
-        return self.window.market.volumes[self.window.rows].take(self.window.job.columns, axis=1)[self.trades.rows]
+        return self.window.market.volumes[(self.window.rows.start + self.trades.rows)[:, None], self.window.job.columns]
 
     @cached_property
     def prices(self) -> Floats:
         """(K, N) price of each trade."""
-        return self.bars.prices[self.trades.rows]
+        prices = self.bars.prices
+        return prices if len(self.trades.rows) == len(prices) else prices[self.trades.rows]
 
     @property
     def prices_before(self) -> Floats:
@@ -123,7 +124,7 @@ def required_assets(configuration: PortfolioConfiguration, held: Sequence[str]) 
     universe = configuration.signal.universe
     if not universe:
         raise ScopeUndetermined(portfolio=configuration.identifier)
-    return tuple(sorted({*universe, *held, *configuration.signal.override}))
+    return in_order(universe, held, configuration.signal.override)
 
 
 def window_end(
@@ -170,7 +171,7 @@ def prepared(
     rows = slice(int(np.searchsorted(market.grid, after, "right")), int(np.searchsorted(market.grid, end, "right")))
     if rows.stop <= rows.start:
         return None
-    assets = tuple(sorted({*vectors.assets, *(state.held() if state else ())}))
+    assets = in_order(vectors.assets, state.held() if state else ())
     bars, opening = _bars(market, assets, rows), _opening(state, assets)
     levels = None
     if cash is not None:
@@ -355,9 +356,11 @@ def _opening(state: State | None, assets: tuple[str, ...]) -> Opening:
     if state is None:
         return Opening.fresh(len(assets))
     trade = state.last_trade
-    held = _places(assets, trade.assets)
-    weights = np.where(held >= 0, trade.weights[held], 0.0)
-    prices, volumes = (np.where(held >= 0, column[held], np.nan) for column in (trade.prices, trade.volumes))
+    weights, prices, volumes = trade.weights, trade.prices, trade.volumes
+    if trade.assets != assets:
+        held = _places(assets, trade.assets)
+        weights = np.where(held >= 0, weights[held], 0.0)
+        prices, volumes = (np.where(held >= 0, column[held], np.nan) for column in (prices, volumes))
     return Opening(True, state.calculated_close, state.trade_value, weights, prices, volumes, order=_order(state, assets))
 
 

@@ -43,11 +43,14 @@ def decided_events(
     rows = np.searchsorted(bars.times, starts[kept])
     is_last = np.append(rows[1:] != rows[:-1], True) if len(rows) else np.zeros(0, bool)  # of several that become orders together
     kept, rows = kept[is_last], rows[is_last]
-    place = {asset: i for i, asset in enumerate(bars.assets)}
     is_used = np.zeros(len(vectors.times), bool)
     is_used[target[kept]] = True
-    targets = np.zeros((np.count_nonzero(is_used), len(bars.assets)))
-    targets[:, [place[a] for a in vectors.assets]] = vectors.weights[is_used]
+    targets = vectors.weights[is_used]
+    if vectors.assets != bars.assets:
+        place = {asset: i for i, asset in enumerate(bars.assets)}
+        wide = np.zeros((len(targets), len(bars.assets)))
+        wide[:, [place[a] for a in vectors.assets]] = targets
+        targets = wide
     which = (np.cumsum(is_used) - 1)[target[kept]]
     if strategy.limits is not None:
         first_use = np.unique(which, return_index=True)[1]

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from itertools import compress
+from itertools import chain, compress
 
 import numpy as np
 import pandas as pd
@@ -21,6 +21,7 @@ Floats = np.ndarray  # float64
 DAY = np.timedelta64(1, "D")
 TICK = np.timedelta64(1, "us")  # the resolution of stored times
 NEVER = np.datetime64("NaT", "us")
+TALL = 500  # rows from which on it is faster to add columns than to accumulate each row
 BEGINNING = datetime.min.replace(tzinfo=UTC)  # before every bar
 
 
@@ -65,6 +66,11 @@ class LastTrade:
         return tuple(compress(self.assets, (self.weights != 0).tolist()))
 
 
+def in_order(*names: Iterable[str]) -> tuple[str, ...]:
+    """Each of the names once, in bytewise order. Fast where they come in order, which they nearly always do."""
+    return tuple(sorted(dict.fromkeys(chain.from_iterable(names))))
+
+
 def ordered_sum(values: Floats, out: Floats | None = None) -> Floats:
     """Sum over the last axis, strictly left to right, shape (..., N) -> (...).
 
@@ -74,6 +80,11 @@ def ordered_sum(values: Floats, out: Floats | None = None) -> Floats:
     """
     if values.shape[-1] == 0:
         return np.zeros(values.shape[:-1])
+    if values.size > TALL * values.shape[-1]:  # whole columns at a time: the same additions, in a third of the time
+        total = values[..., 0].copy()
+        for place in range(1, values.shape[-1]):
+            total += values[..., place]
+        return total
     return np.add.accumulate(values, axis=-1, out=out)[..., -1]
 
 

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pydantic_core import to_json
 from sqlalchemy import Connection, RowMapping, Table, text
 
 from msm_core.errors import InvalidRow
@@ -83,12 +84,11 @@ def _recordset(table: Table) -> str:
 
 
 def document(value: Sequence[Mapping[str, Any]] | Mapping[str, Any]) -> str:
-    """Plain JSON text of rows or of one document; times as ISO, uids as text. Raises ValueError for NaN."""
-    return json.dumps(value, default=_plain, allow_nan=False)
-
-
-def _plain(value: Any) -> Any:
-    return value.isoformat() if hasattr(value, "isoformat") else str(value)
+    """Plain JSON text of rows or of one document; times as ISO, uids as text. Raises ValueError for NaN and infinities."""
+    written = to_json(value, inf_nan_mode="constants", fallback=str).decode()
+    if "NaN" in written or "Infinity" in written:  # as a number, or as text, which is fine
+        json.dumps(value, default=str, allow_nan=False)
+    return written
 
 
 def _quoted(name: str) -> str:

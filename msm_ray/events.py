@@ -21,7 +21,8 @@ log = structlog.get_logger()
 PROGRESS_EVERY_SECONDS = 5.0
 HELP = """--output ndjson prints one JSON object per line as things happen. Each has event and time (UTC, ISO 8601):
 
-run_started: run, as_of, nodes (per kind: total, work). Again as run_continued when nodes that another run held are asked once more.
+run_started: run, as_of, nodes (per kind: total, work). Again as run_continued: with further nodes of a fleet of thousands, which is
+planned in parts while the first ones run, and when nodes that another run held are asked once more.
 
 batch: nodes that came to an end together: kind, rows, seconds (of a worker), and how many landed, up_to_date, failed, skipped, busy.
 

@@ -125,11 +125,12 @@ Outcome = Any  # what `run_batch` returned, or the exception that ended it
 
 
 class Executor(Protocol):
-    """Runs payloads, each of nodes of one kind. `slots` is how many can run at once."""
+    """Runs payloads, each of nodes of one kind. `slots` is how many can run at once; `has_landed`: `wait` would not have to."""
 
     @property
     def slots(self) -> int: ...
     def submit(self, ticket: int, kind: str, payload: str) -> None: ...
+    def has_landed(self) -> bool: ...
     def wait(self) -> tuple[int, Outcome]: ...
     def close(self) -> None: ...
 
@@ -144,6 +145,9 @@ class LocalExecutor:
 
     def submit(self, ticket: int, kind: str, payload: str) -> None:
         self._queue.append((ticket, payload))
+
+    def has_landed(self) -> bool:
+        return False  # a batch runs when it is waited for
 
     def wait(self) -> tuple[int, Outcome]:
         ticket, payload = self._queue.popleft()
@@ -250,6 +254,9 @@ class RayExecutor:
         for task in islice(self._tasks.values(), self.slots):
             if task.since is None:
                 task.since = time.monotonic()
+
+    def has_landed(self) -> bool:
+        return bool(self._tasks) and bool(self._ray.wait(list(self._tasks), num_returns=1, timeout=0)[0])
 
     def wait(self) -> tuple[int, Outcome]:
         while True:

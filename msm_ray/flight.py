@@ -1,4 +1,4 @@
-"""The nodes of a plan on their way: sorted into batches that share inputs, submitted, awaited. It knows executors by two methods.
+"""The nodes of plans on their way: sorted into batches that share inputs, submitted, awaited. It knows executors by three methods.
 
 A node's failure stops only what depends on it. A lost batch is halved and tried again until the culprit stands alone.
 """
@@ -16,7 +16,7 @@ from msm_core.data_nodes.interpolated_prices import InterpolatedAsset
 from msm_core.data_nodes.signals import SignalWeights
 from msm_core.errors import CyclicPlan, DependencyFailed, UnexpectedReply
 from msm_ray.executors import Errand, Executor, encode_batch
-from msm_ray.loads import load_of
+from msm_ray.loads import Load, load_of
 from msm_ray.plan import Key, Plan, Work
 
 log = structlog.get_logger()
@@ -30,45 +30,63 @@ UPSTREAM_FIRST = {"prices": 0, "signal": 1, "portfolio": 2}
 
 
 class Flight:
-    """The nodes of one plan on their way: ready ones wait in groups that share inputs, batches fly, dependants of failures are skipped.
+    """The nodes of plans on their way: ready ones wait in groups that share inputs, batches fly, dependants of failures are skipped."""
 
-    partitions  where the rows of nodes lie, in storages that are spread over partitions: batches that fly together keep apart there,
-                because two backends that extend one index wait for each other
-    """
-
-    def __init__(
-        self, plan: Plan, executor: Executor, errand: Errand, batch_size: int | None = None,
-        partitions: Mapping[Key, int] = MappingProxyType({}),
-    ) -> None:  # fmt: skip
-        self.executor, self.errand, self.batch_size, self.partitions = executor, errand, batch_size, partitions
-        self.work, self.upstream = plan.work(), plan.upstream()
-        self.sorter = TopologicalSorter(self.upstream)
-        try:
-            self.sorter.prepare()
-        except CycleError as error:
-            raise CyclicPlan(cycle=" -> ".join(f"{kind}:{identifier}" for kind, identifier in error.args[1])) from None
+    def __init__(self, executor: Executor, errand: Errand, batch_size: int | None = None) -> None:
+        self.executor, self.errand, self.batch_size = executor, errand, batch_size
+        self.work, self.upstream = dict[Key, Work](), dict[Key, set[Key]]()
+        self.sorters: list[TopologicalSorter[Key]] = []
+        self.sorter: dict[Key, TopologicalSorter[Key]] = {}
+        self.partitions: dict[Key, int] = {}
         self.blocked: dict[Key, NodeResult] = {}
-        self.loads = {key: load_of(node, errand.as_of) for key, node in self.work.items()}
-        self.seconds_left = sum(load.seconds for load in self.loads.values())  # of what has not been submitted
+        self.loads: dict[Key, Load] = {}
+        self.seconds_left = 0.0  # of what has not been submitted
         self.waiting: dict[tuple[Any, ...], deque[Key]] = defaultdict(deque)
         self.flying: dict[int, list[Key]] = {}
         self.turns = defaultdict[int | None, int](int)  # the last ticket of each lane
         self.tickets = 0
 
-    def launch(self) -> None:
-        """Submit the first batches, which wait for nobody."""
-        self._collect_ready()
+    def add(self, plan: Plan, partitions: Mapping[Key, int] = MappingProxyType({})) -> None:
+        """Nodes of one more plan, none of which stands in another; batches are submitted as far as workers are free. Raises CyclicPlan.
+
+        partitions  where the rows of nodes lie, in storages that are spread over partitions: batches that fly together keep apart
+                    there, because two backends that extend one index wait for each other
+        """
+        work, upstream = plan.work(), plan.upstream()
+        sorter = TopologicalSorter(upstream)
+        try:
+            sorter.prepare()
+        except CycleError as error:
+            raise CyclicPlan(cycle=" -> ".join(f"{kind}:{identifier}" for kind, identifier in error.args[1])) from None
+        self.sorters.append(sorter)
+        self.sorter |= dict.fromkeys(work, sorter)
+        self.work |= work
+        self.upstream |= upstream
+        self.partitions |= partitions
+        loads = {key: load_of(node, self.errand.as_of) for key, node in work.items()}
+        self.loads |= loads
+        self.seconds_left += sum(load.seconds for load in loads.values())
+        self._collect_ready()  # nothing is skipped yet
         self._fill()
+
+    def landed(self) -> Iterator[list[NodeResult]]:
+        """Yields as `results` does, and ends when it would have to wait."""
+        while self.flying and self.executor.has_landed():
+            yield self._land()
+            yield from self._refill()
 
     def results(self) -> Iterator[list[NodeResult]]:
         """Yields the results of each batch, and of the nodes that its failures skip, until nothing is left."""
-        while self.sorter.is_active():
-            skipped = self._collect_ready()
-            if skipped:
-                yield skipped
-            self._fill()
+        yield from self._refill()
+        while any(sorter.is_active() for sorter in self.sorters):
             if self.flying:
                 yield self._land()
+            yield from self._refill()
+
+    def _refill(self) -> Iterator[list[NodeResult]]:
+        if skipped := self._collect_ready():
+            yield skipped
+        self._fill()
 
     def _fill(self) -> None:
         while self.waiting and len(self.flying) < 2 * self.executor.slots:  # Ray starts when it is first asked for its slots
@@ -76,7 +94,7 @@ class Flight:
 
     def _collect_ready(self) -> list[NodeResult]:
         skipped = []
-        for key in self.sorter.get_ready():
+        for key in [key for sorter in self.sorters for key in sorter.get_ready()]:
             bad = next((self.blocked[up] for up in self.upstream[key] if up in self.blocked), None)
             if bad is None:
                 self.waiting[(*_group(key, self.work[key]), self._lane(key))].append(key)
@@ -90,7 +108,7 @@ class Flight:
         status = "busy" if bad.status == "busy" else "skipped"
         result = NodeResult(key[0], key[1], status, error=facts, attempts=0)
         self.blocked[key] = result
-        self.sorter.done(key)
+        self.sorter[key].done(key)
         return result
 
     def _lane(self, key: Key) -> int | None:
@@ -158,7 +176,7 @@ class Flight:
             key = (result.kind, result.identifier)
             if result.status in ("failed", "busy"):
                 self.blocked[key] = result
-            self.sorter.done(key)
+            self.sorter[key].done(key)
         return outcome
 
     def _lost(self, keys: list[Key], error: Exception) -> list[NodeResult]:
@@ -171,7 +189,7 @@ class Flight:
             return []
         result = NodeResult(*keys[0], "failed", error=failure_facts(error))
         self.blocked[keys[0]] = result
-        self.sorter.done(keys[0])
+        self.sorter[keys[0]].done(keys[0])
         return [result]
 
 

@@ -3,6 +3,7 @@
 Nodes that a rival run holds are asked again at the end: landed by the rival to the same as-of, they are up to date.
 """
 
+import math
 import time
 import uuid
 from collections import Counter
@@ -16,6 +17,7 @@ from sqlalchemy import Engine
 
 from msm_core.configuration import PortfolioConfiguration
 from msm_core.data_nodes.base import NodeResult
+from msm_core.data_nodes.dependencies import independent_parts
 from msm_core.data_nodes.planning import new_scopes
 from msm_core.data_nodes.world import read_world
 from msm_core.database import exported_snapshot, transaction
@@ -30,6 +32,7 @@ from msm_ray.plan import Key, Plan, make_plan
 log = structlog.get_logger()
 
 WRITTEN = {"signal": SignalWeightsStorage, "portfolio": PortfolioWeightsStorage}  # most of the rows of a node
+PART_PORTFOLIOS_MIN, PARTS_MAX = 2_000, 8  # a part costs a dozen statements
 BUSY_SECONDS_MAX = 60.0
 BUSY_PAUSE_SECONDS = 1.0
 
@@ -109,7 +112,8 @@ class Observer:
     """Follows a run, in the driver's thread. It does nothing by itself; what an override raises ends the run."""
 
     def planned(self, run_uid: uuid.UUID, plan: Plan) -> None:
-        """What is to be done. Told again, with what is left, when nodes that a rival run held are asked once more."""
+        """What is to be done: of a large fleet part by part, while the first ones run. Told again, with what is left, when nodes that a
+        rival run held are asked once more."""
 
     def landed(self, results: Sequence[NodeResult]) -> None:
         """Nodes that came to an end together: a batch, what its failures skip, or what needed no work."""
@@ -186,14 +190,13 @@ class _Run:
     observer: Observer
 
     def bring_up_to_date(self, configurations: Sequence[PortfolioConfiguration], failed_before: Collection[str]) -> list[NodeResult]:
-        """Run a plan; then again for nodes that a rival held, until they are done or patience ends."""
+        """Run the fleet; then again nodes that a rival held, until they are done or patience ends."""
         results: dict[Key, NodeResult] = {}
         signals = set(self.options.signals_selected)
         deadline = time.monotonic() + BUSY_SECONDS_MAX
         while True:
-            plan = self.plan(configurations, failed_before, signals)
             landed = {key for key, r in results.items() if r.status == "landed"}
-            for result in self.execute(plan, landed):
+            for result in self.execute(configurations, failed_before, signals, landed):
                 results[result.kind, result.identifier] = result
             busy = {key for key, r in results.items() if r.status == "busy"}
             if not busy or time.monotonic() > deadline:
@@ -204,7 +207,42 @@ class _Run:
             if not any(kind == "prices" for kind, _ in busy):
                 configurations = [c for c in configurations if ("portfolio", c.identifier) in busy or c.signal_uid in signals]
 
-    def plan(self, configurations: Sequence[PortfolioConfiguration], failed_before: Collection[str], signals: Collection[str]) -> Plan:
+    def execute(
+        self, configurations: Sequence[PortfolioConfiguration], failed_before: Collection[str], signals: Collection[str],
+        landed: Collection[Key],
+    ) -> list[NodeResult]:  # fmt: skip
+        """Results of all nodes. One that has `landed` in this run, and is asked again beside a busy one, has still landed.
+
+        A large fleet is planned in parts, while workers are at those before: planning ten thousand portfolios takes seconds.
+        """
+        reasons: dict[Key, str] = {}
+        results: list[NodeResult] = []
+
+        def note(found: Sequence[NodeResult]) -> None:
+            news = [r for r in found if r.status != "up_to_date" or (r.kind, r.identifier) not in landed]
+            results.extend(news)
+            ledger.record(self.engine, self.run_uid, news, reasons)
+            self.observer.landed(news)
+
+        flight = Flight(self.executor, Errand(self.as_of, self.run_uid, self.snapshot), self.options.batch_size)
+        unreadable = self.options.unreadable
+        for part in independent_parts(configurations, max(PART_PORTFOLIOS_MIN, math.ceil(len(configurations) / PARTS_MAX))):
+            plan = self.plan(part, failed_before, signals, unreadable)
+            unreadable = {}  # told once
+            reasons |= plan.reasons()
+            self.observer.planned(self.run_uid, plan)
+            flight.add(plan, self._partitions(plan))
+            note(plan.settled())  # while the workers work
+            for batch in flight.landed():
+                note(batch)
+        for batch in flight.results():
+            note(batch)
+        return results
+
+    def plan(
+        self, configurations: Sequence[PortfolioConfiguration], failed_before: Collection[str], signals: Collection[str],
+        unreadable: Mapping[str, dict[str, str]],
+    ) -> Plan:  # fmt: skip
         with transaction(self.engine, read_only=True) as connection:
             world = read_world(connection, configurations, self.as_of)
         plan = make_plan(
@@ -214,31 +252,12 @@ class _Run:
             full_refresh=self.options.full_refresh,
             failed_before=failed_before,
             signals_selected=signals,
-            unreadable=self.options.unreadable,
+            unreadable=unreadable,
         )
         if scopes := new_scopes(plan.prices):
             with self.engine.begin() as connection:
                 ensure_progress(connection, scopes)
         return plan
-
-    def execute(self, plan: Plan, landed: Collection[Key] = ()) -> list[NodeResult]:
-        """Results of the plan's nodes. One that has `landed` in this run, and is asked again beside a busy one, has still landed."""
-        self.observer.planned(self.run_uid, plan)
-        reasons = plan.reasons()
-        results: list[NodeResult] = []
-
-        def note(found: Sequence[NodeResult]) -> None:
-            news = [r for r in found if r.status != "up_to_date" or (r.kind, r.identifier) not in landed]
-            results.extend(news)
-            self._publish(news, reasons)
-
-        errand = Errand(self.as_of, self.run_uid, self.snapshot)
-        flight = Flight(plan, self.executor, errand, self.options.batch_size, self._partitions(plan))
-        flight.launch()
-        note(plan.settled())  # while the workers work
-        for batch in flight.results():
-            note(batch)
-        return results
 
     def _partitions(self, plan: Plan) -> dict[Key, int]:
         """Of nodes that are computed from scratch: an increment is a few rows everywhere, and groups of its own would cost more."""
@@ -251,7 +270,3 @@ class _Run:
                 for kind, storage in WRITTEN.items()
                 for identifier, partition in partitions_of(connection, storage, [i for k, i in fresh if k == kind]).items()
             }
-
-    def _publish(self, results: Sequence[NodeResult], reasons: dict[Key, str]) -> None:
-        ledger.record(self.engine, self.run_uid, results, reasons)
-        self.observer.landed(results)

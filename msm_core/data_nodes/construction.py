@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from itertools import filterfalse
 
 import numpy as np
 from psycopg import sql
@@ -87,7 +88,7 @@ class PortfolioKind:
     name: str = "portfolio"
 
     def read_outside(self, connection: Connection, nodes: Sequence[PortfoliosDataNode], as_of: datetime, world: str | None) -> Outside:
-        assets = read_assets(connection, {a for node in nodes for a in node.assets})
+        assets = read_assets(connection, set().union(*(node.assets for node in nodes)))
         configurations = [node.portfolio_configuration for node in nodes]
         rates = [c.execution.cash_rate.source for c in configurations if c.execution.cash_rate]
         sources = resolve_sources(connection, [*(c.price_source for c in configurations), *rates]).sources
@@ -163,7 +164,7 @@ def _construct(nodes: Sequence[PortfoliosDataNode], outside: Outside, inside: In
 
 def _window(node: PortfoliosDataNode, outside: Outside, inside: Inside) -> Window | None:
     configuration = node.portfolio_configuration
-    unknown = [a for a in node.assets if a not in outside.assets]
+    unknown = [*filterfalse(outside.assets.__contains__, node.assets)]
     if unknown:
         raise UnknownAssets(owner=node.identifier, assets=", ".join(unknown))
     market = inside.markets[MarketKey.of(configuration)]
@@ -361,9 +362,11 @@ def _values_block(identifier: str, construction: Construction) -> tuple[Block, i
 
 def _weights_block(identifier: str, construction: Construction) -> tuple[Block, int]:
     """One complete vector per trade: every asset held before or after it."""
-    trades = construction.trades
-    listed = np.flatnonzero((trades.after != 0) | (trades.before != 0))
-    trade, asset = np.divmod(listed, max(len(construction.assets), 1))
+    trades, assets = construction.trades, construction.assets
+    listed = (trades.after != 0) | (trades.before != 0)
+    whole = bool(listed.all())  # then nothing has to be picked out
+    width = len(assets) if whole else np.count_nonzero(listed, axis=1)
+    asset = np.tile(np.arange(len(assets)), len(listed)) if whole else np.nonzero(listed)[1]
     columns = {
         "weight": trades.after,
         "weight_before": trades.before,
@@ -373,12 +376,12 @@ def _weights_block(identifier: str, construction: Construction) -> tuple[Block, 
         "volume_before": construction.volumes_before,
     }
     block = {
-        "portfolio_identifier": Text.constant(identifier, len(listed)),
-        "time_index": construction.bars.times[trades.rows][trade],
-        "asset_identifier": Text(asset, construction.assets),
-        **{name: values.take(listed) for name, values in columns.items()},
+        "portfolio_identifier": Text.constant(identifier, len(asset)),
+        "time_index": np.repeat(construction.bars.times[trades.rows], width),
+        "asset_identifier": Text(asset, assets),
+        **{name: values.ravel() if whole else values[listed] for name, values in columns.items()},
     }
-    return block, len(listed)
+    return block, len(asset)
 
 
 def _index_block(identifier: str, construction: Construction) -> tuple[Block, int]:

@@ -1,4 +1,7 @@
-"""Who waits for whom: a portfolio for its signal, and a signal for the portfolios that it tracks. Planned in that order, cycles refused."""
+"""Who waits for whom: a portfolio for its signal, and a signal for the portfolios that it tracks. Planned in that order, cycles refused.
+
+What shares neither work nor signals with the rest of a fleet can be planned apart from it (`independent_parts`).
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,10 +10,11 @@ from graphlib import CycleError, TopologicalSorter
 
 from msm_core.configuration import PortfolioConfiguration
 from msm_core.data_nodes.base import failure_facts
+from msm_core.data_nodes.interpolated_prices import InterpolatedPrices
 from msm_core.data_nodes.planning import NodePlan, plan_portfolio, plan_signal
 from msm_core.data_nodes.portfolios import PortfoliosDataNode
 from msm_core.data_nodes.signals import SignalWeights
-from msm_core.data_nodes.world import World, with_coverage
+from msm_core.data_nodes.world import World, price_sources_of, with_coverage
 from msm_core.errors import CyclicPlan, DependencyFailed
 from msm_core.frames import BEGINNING
 from msm_core.price_sources import PublishedValues, SourceKey
@@ -54,6 +58,34 @@ def upstream_of(chosen: Sequence[PortfolioConfiguration], fleet: Dependencies) -
         found |= new
         waiting += new
     return [c for c in fleet.order if c.identifier in found]
+
+
+def independent_parts(configurations: Sequence[PortfolioConfiguration], size: int) -> list[list[PortfolioConfiguration]]:
+    """A fleet in parts of about `size` that share no node, each in the order given: none has to be planned, or to run, before another.
+
+    Who follows one signal stays together; so do all that others are computed from, that are computed from others, or whose prices
+    are interpolated, as the first part.
+    """
+    if len(configurations) <= size:
+        return [list(configurations)]
+    upstream = dependencies(configurations).upstream
+    waited_for = {name for names in upstream.values() for name in names}
+    tied = {c.signal_uid for c in configurations if c.identifier in waited_for or upstream[c.identifier] or _interpolates(c)}
+    followers: dict[str, list[PortfolioConfiguration]] = {}
+    for c in configurations:
+        followers.setdefault("" if c.signal_uid in tied else c.signal_uid, []).append(c)
+    parts = [tied_together] if (tied_together := followers.pop("", [])) else []
+    part = list[PortfolioConfiguration]()
+    for members in followers.values():
+        part += members
+        if len(part) >= size:
+            parts.append(part)
+            part = []
+    return [*parts, part] if part else parts
+
+
+def _interpolates(configuration: PortfolioConfiguration) -> bool:
+    return any(isinstance(source, InterpolatedPrices) for source in price_sources_of([configuration]))
 
 
 def tracks_values(signal: Signal) -> bool:

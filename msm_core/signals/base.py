@@ -34,6 +34,8 @@ class Vectors:
     @classmethod
     def from_rows(cls, rows: SignalRows) -> "Vectors":
         """Stored rows, in key order, as vectors."""
+        if len(rows.times) and rows.times[0] == rows.times[-1]:  # one vector: what most batches of a night find
+            return cls(rows.times[:1], tuple(rows.assets), rows.weights[None, :])
         times, row = np.unique(rows.times, return_inverse=True)
         assets = tuple(sorted(set(rows.assets)))
         place = {asset: i for i, asset in enumerate(assets)}
@@ -188,6 +190,6 @@ class ConstantSignal(Signal):
 
     def emit(self, since: np.datetime64 | None, through: np.datetime64, inputs: Inputs = NOTHING) -> Vectors:
         time = utc(self.effective_from, "effective_from")
-        due = time <= through and (since is None or time > since)
-        rows = slice(0, 1 if due else 0)
-        return Vectors(np.array([time])[rows], self.universe, self.weights()[None, :][rows])
+        if time > through or (since is not None and time <= since):
+            return Vectors(np.empty(0, "datetime64[us]"), self.universe, np.empty((0, len(self.universe))))
+        return Vectors(np.array([time]), self.universe, self.weights()[None, :])

@@ -34,8 +34,12 @@ class FixedWeights(ConstantSignal):
     @field_validator("asset_unique_identifier_weights")
     @classmethod
     def _in_asset_order(cls, weights: tuple[AssetWeight, ...]) -> tuple[AssetWeight, ...]:
-        by_name = {w.unique_identifier: w for w in weights}
-        return tuple(by_name[name] for name in sorted_unique([w.unique_identifier for w in weights], "asset_unique_identifier_weights"))
+        names = [w.unique_identifier for w in weights]
+        ordered = sorted_unique(names, "asset_unique_identifier_weights")
+        if list(ordered) == names:  # as they are stored
+            return weights
+        by_name = dict(zip(names, weights, strict=True))
+        return tuple(by_name[name] for name in ordered)
 
     @classmethod
     def from_signal_configuration(cls, configuration: Mapping[str, Any] | BaseModel | None = None, **fields: Any) -> "FixedWeights":

@@ -3,8 +3,9 @@
 import gc
 import json
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -42,6 +43,9 @@ class Landing:
         self.batches.append((given["kind"], names))
         self.most = max(self.most, len(self.queue))
 
+    def has_landed(self) -> bool:
+        return bool(self.queue)
+
     def wait(self) -> tuple[int, Outcome]:
         ticket, keys = self.queue.popleft()
         return ticket, [NodeResult(kind, name, "landed") for kind, name in keys]
@@ -55,16 +59,17 @@ def node(configuration: PortfolioConfiguration, since: datetime | None = YESTERD
     return NodePlan(configuration.identifier, "inputs advanced", made)
 
 
-def flown(nodes: Sequence[NodePlan[PortfoliosDataNode]], slots: int = 2, signals: bool = False, **options: Any) -> Landing:
+def flown(
+    nodes: Sequence[NodePlan[PortfoliosDataNode]], slots: int = 2, signals: bool = False,
+    partitions: Mapping[tuple[str, str], int] = MappingProxyType({}), **options: Any,
+) -> Landing:  # fmt: skip
     """The batches in which these portfolios, and their signals if wanted, were brought up to date."""
     executor = Landing(slots)
     wanted = {p.node.portfolio_configuration.signal_uid: p.node.portfolio_configuration.signal for p in nodes if p.node} if signals else {}
     signal_nodes = [NodePlan(uid, "new", SignalWeights(signal_weights_instance=signal)) for uid, signal in wanted.items()]
-    results = [
-        r
-        for batch in Flight(Plan(AS_OF, (), tuple(signal_nodes), tuple(nodes)), executor, Errand(AS_OF), **options).results()
-        for r in batch
-    ]
+    aloft = Flight(executor, Errand(AS_OF), **options)
+    aloft.add(Plan(AS_OF, (), tuple(signal_nodes), tuple(nodes)), partitions)
+    results = [r for batch in aloft.results() for r in batch]
     assert sorted(r.identifier for r in results) == sorted([*(p.identifier for p in nodes), *wanted])
     return executor
 
@@ -183,6 +188,21 @@ def test_nodes_whose_partition_is_not_told_share_batches_as_ever():
 def test_no_more_than_two_batches_per_slot_are_in_flight():
     for slots in (1, 3):
         assert flown([node(c) for c in fleet(100)], slots, batch_size=2).most == 2 * slots
+
+
+def test_a_further_plan_joins_those_under_way():
+    """Two plans of four, one worker: what has landed is told without waiting, and makes room for the rest."""
+    executor = Landing(slots=1)
+    aloft = Flight(executor, Errand(AS_OF), batch_size=1)
+    configurations = fleet(8)
+    aloft.add(Plan(AS_OF, (), (), tuple(node(c) for c in configurations[:4])))
+    assert [names for _, names in executor.batches] == [["p00000"], ["p00001"]]
+    executor.has_landed = lambda: len(executor.queue) > 1  # type: ignore[method-assign] - then the next two are not there yet
+    aloft.add(Plan(AS_OF, (), (), tuple(node(c) for c in configurations[4:])))
+    told = [r.identifier for batch in aloft.landed() for r in batch]
+    assert told == [f"p0000{i}" for i in range(7)]
+    assert [r.identifier for batch in aloft.results() for r in batch] == ["p00007"]
+    assert [name for _, names in executor.batches for name in names] == [c.identifier for c in configurations]
 
 
 def test_a_batch_size_that_is_asked_for_is_the_size():

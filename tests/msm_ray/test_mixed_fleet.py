@@ -29,6 +29,7 @@ from msm_core.rebalance_strategy import (
 from msm_core.verification import verify
 from msm_ray import cli
 from msm_ray import run as driver
+from msm_ray.plan import Plan
 from msm_ray.session import choose_portfolios
 from tests import factories, mixed
 from tests.factories import CALENDAR, equal, fixed, instant, messages, portfolio, run, sql, statuses
@@ -93,6 +94,34 @@ def test_a_fleet_of_everything_night_by_night(engine, tmp_path):  # R98
             landed(engine, fleet, closes.index[0] + pd.Timedelta(minutes=int(minute)), batch_size=size, registered=True)
         landed(engine, fleet, registered=True, batch_size=size)
         assert bits(engine) == expected, size
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_fleet_that_is_planned_in_parts_has_the_same_bits(engine, tmp_path, monkeypatch, size):
+    """Parts that are planned while others run, in any order of landing; each node is told once, and one that is busy comes again."""
+    closes, fleet = of_everything(engine, tmp_path)
+    landed(engine, fleet)
+    expected = bits(engine)
+    wipe(engine)
+    monkeypatch.setattr(driver, "PART_PORTFOLIOS_MIN", size)
+    monkeypatch.setattr(driver, "PARTS_MAX", 1_000)
+    plans: list[list[str]] = []
+
+    class Listener(driver.Observer):
+        def planned(self, run_uid: Any, plan: Plan) -> None:
+            plans.append([p.identifier for p in plan.portfolios])
+
+    for night in (closes.index[20], END):
+        plans.clear()
+        executor, options = FakeExecutor(seed=size), driver.Options(batch_size=3, unreadable={"gone": {"reason": "r", "message": "m"}})
+        report = driver.run_fleet(engine, fleet, executor, instant(night), options, Listener())
+        assert report.status == "partial"  # for the unreadable one alone, told once
+        assert [r.identifier for r in report.failures()] == ["gone"]
+        assert len(plans) > 3
+        names = sorted(name for plan in plans for name in plan)
+        assert names == sorted(["gone", *(c.identifier for c in fleet)])
+        assert sorted(r.identifier for r in report.results if r.kind == "portfolio") == names
+    assert bits(engine) == expected
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -50,6 +50,9 @@ class FakeExecutor:
         self.log += [("submit", i) for i in identifiers(payload)]
         self.most = max(self.most, len(self.queue))
 
+    def has_landed(self) -> bool:
+        return bool(self.queue) and self.random.random() < 0.5
+
     def wait(self) -> tuple[int, Outcome]:
         ticket, payload = self.queue.pop(self.random.randrange(len(self.queue)))
         fault = self.fault(len(self.log), json.loads(payload))

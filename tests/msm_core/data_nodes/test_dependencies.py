@@ -1,12 +1,14 @@
 """Who waits for whom: signals for the portfolios that they track, portfolios for their signals; and cycles, refused by name."""
 
 from itertools import pairwise
+from uuid import UUID
 
 import pytest
 from sqlalchemy import Engine
 
 from msm_core.configuration import PortfolioConfiguration
-from msm_core.data_nodes.dependencies import dependencies, upstream_of
+from msm_core.data_nodes.dependencies import dependencies, independent_parts, upstream_of
+from msm_core.data_nodes.interpolated_prices import InterpolatedPrices, InterpolatedPricesConfig
 from msm_core.data_nodes.portfolios import PortfoliosDataNode
 from msm_core.errors import CyclicPlan, NodeFailed
 from msm_ray.session import choose_portfolios
@@ -95,6 +97,23 @@ def test_a_thousand_links_are_no_recursion():
     fleet = dependencies([*configurations, tracks("p1500")])
     assert [fleet.order[i].identifier for i in (0, 1, 1500)] == ["p1500", "p1499", "p0000"]
     assert len(upstream_of(configurations[:1], fleet)) == 1500
+
+
+def test_parts_of_a_fleet_share_no_node():
+    """In the first part what tracks, is tracked, or has a signal of those; whoever follows one signal stays together."""
+    filled = {"upsample_frequency_id": "1d", "intraday_bar_interpolation_rule": "ffill"}
+    daily = InterpolatedPricesConfig(source_time_index_meta_table_uid=UUID(int=1), **filled)
+    names = ("B", "C", "D", "B", "E", "F", "D")
+    loose = [portfolio(f"{i}{name}", equal(name)) for i, name in enumerate(names)]
+    tied = [tracks("x", "y"), tracks("y"), portfolio("like y", equal("A"))]
+    tied.append(portfolio("interpolated", equal("G"), prices=InterpolatedPrices(interpolation_config=daily)))
+    fleet = [*loose[:3], *tied, *loose[3:]]
+    parts = [[c.identifier for c in part] for part in independent_parts(fleet, 3)]
+    assert parts == [["x", "y", "like y", "interpolated"], ["0B", "3B", "1C"], ["2D", "6D", "4E"], ["5F"]]
+    assert [[c.identifier for c in part] for part in independent_parts(loose, 4)] == [["0B", "3B", "1C", "2D", "6D"], ["4E", "5F"]]
+    assert independent_parts(fleet, len(fleet)) == [fleet]
+    assert independent_parts([], 3) == [[]]
+    assert independent_parts([tracks(c, d) for c, d in pairwise("abcdea")], 2) == [[tracks(c, d) for c, d in pairwise("abcdea")]]
 
 
 # -- in a plan ----------------------------------------------------------------------------------------------------------------------
