@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -60,6 +61,13 @@ class Market:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "places", {asset: i for i, asset in enumerate(self.assets)})
+
+    @cached_property
+    def priced(self) -> np.ndarray:
+        """(T,) mask of valuation times at which every asset has a usable price, finite and above 0."""
+        usable = np.isfinite(self.prices)
+        usable &= self.prices > 0
+        return np.asarray(np.all(usable, axis=1))
 
     def columns(self, assets: Sequence[str]) -> np.ndarray:
         return np.fromiter(map(self.places.__getitem__, assets), np.int64, len(assets))

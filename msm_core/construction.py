@@ -349,6 +349,7 @@ def _bars(market: Market, assets: tuple[str, ...], rows: slice) -> Bars:
         opening_prices=market.prices[rows.start - 1][columns] if rows.start else np.full(len(assets), np.nan),
         column=market.column,
         staleness=str(market.policy.maximum_staleness),
+        complete=bool(market.priced[rows].all()),
     )
 
 

@@ -8,6 +8,7 @@ the rows, and was measured at 0.6 of this end to end (lab/perf.md F).
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,8 @@ COPY_TRAILER = b"\xff\xff"
 POSTGRES_EPOCH = np.datetime64("2000-01-01", "us")
 ROWS_PER_BLOCK = 8_192  # a block of them stays in the processor's cache
 ROWS_MERGED = 65_536  # blocks are put together up to here, and not beyond: it takes memory
+ROWS_ALONE = 4_096  # a block that is worth its cost without others
+RUNS_MAX = 64  # of rows that are full, or not, in turn; where there are more they go through a mask together
 ARRAY_HEADER_BYTES = 20  # one dimension
 FLOAT8_ARRAY_OID = 1022
 TIMESTAMPTZ_ARRAY_OID = 1185
@@ -98,7 +101,7 @@ def _merged(blocks: Iterable[Block]) -> Iterator[Block]:
     for block in blocks:
         waiting.append(block)
         rows += row_count(block)
-        if rows >= ROWS_MERGED:
+        if rows >= ROWS_MERGED or (len(waiting) == 1 and rows >= ROWS_ALONE):
             yield concatenate(waiting)
             waiting, rows = [], 0
     if waiting:
@@ -106,21 +109,34 @@ def _merged(blocks: Iterable[Block]) -> Iterator[Block]:
 
 
 def encode_rows(block: Block) -> Iterator[bytes]:
-    """Tuples of the COPY format, some thousand at a time: columns side by side in one buffer, out of which a mask squeezes what a row
-    does not use."""
+    """Tuples of the COPY format, some thousand at a time: columns side by side in one buffer, without what a row does not use of it."""
     columns = [_TextColumn(column) if isinstance(column, Text) else _ValueColumn(column) for column in block.values()]
     for start in range(0, row_count(block), ROWS_PER_BLOCK):
         rows = slice(start, min(start + ROWS_PER_BLOCK, row_count(block)))
-        edges = np.cumsum([2, *(column.width(rows) for column in columns)]).tolist()
+        widths = [column.width(rows) for column in columns]
+        edges = np.cumsum([2, *widths]).tolist()
         slots = np.empty((rows.stop - rows.start, edges[-1]), np.uint8)
         slots[:, :2].view(">i2")[:, 0] = len(columns)
-        used = None
         for column, begin, end in zip(columns, edges, edges[1:], strict=False):
-            mask = column.write(rows, slots[:, begin:end])
-            if mask is not None:
-                used = np.ones(slots.shape, bool) if used is None else used
-                used[:, begin:end] = mask
-        yield slots.tobytes() if used is None else slots[used].tobytes()
+            column.write(rows, slots[:, begin:end])
+        yield b"".join(_squeezed(slots, rows, columns, widths))
+
+
+def _squeezed(slots: np.ndarray, rows: slice, columns: "Sequence[_TextColumn | _ValueColumn]", widths: Sequence[int]) -> Iterator[bytes]:
+    """The rows as they are, run by run; of a run that leaves room unused, what a mask lets through: that is slow, and mostly for a few
+    rows, such as a first vector, which has no price before."""
+    loose = np.zeros(len(slots), bool)
+    for column in columns:
+        if (mask := column.loose(rows)) is not None:
+            loose |= mask
+    edges = np.flatnonzero(loose[1:] != loose[:-1]) + 1
+    for begin, end in pairwise([0, *(edges.tolist() if len(edges) <= RUNS_MAX else ()), len(slots)]):
+        if not loose[begin:end].any():
+            yield slots[begin:end].tobytes()
+            continue
+        part = slice(rows.start + begin, rows.start + end)
+        used = [column.used(part, width) for column, width in zip(columns, widths, strict=True)]
+        yield slots[begin:end][np.hstack([np.ones((end - begin, 2), bool), *used])].tobytes()
 
 
 class _ValueColumn:
@@ -137,31 +153,36 @@ class _ValueColumn:
             return 5
         return 12 if self.null is None or not self.null[rows].all() else 4
 
-    def write(self, rows: slice, slots: np.ndarray) -> np.ndarray | None:
-        """Fill (R, width) bytes; returns the mask of those that are used, None = all. Views of 4 and 8 bytes: single ones are slow."""
+    def write(self, rows: slice, slots: np.ndarray) -> None:
+        """Fill (R, width) bytes. Views of 4 and 8 bytes: single ones are slow."""
         values, length, data = self.values[rows], slots[:, :4].view(">i4")[:, 0], slots[:, 4:]
         if self.is_boolean:
             length[:], data[:, 0] = 1, values
-            return None
+            return
         if not data.shape[1]:
             length[:] = -1
-            return None
+            return
         if values.dtype.kind == "M":
             data.view(">i8")[:, 0] = (values - POSTGRES_EPOCH).view(np.int64)
         else:
             data.view(">f8")[:, 0] = values
-        null = None if self.null is None else self.null[rows]
-        if null is None or not null.any():
-            length[:] = 8
-            return None
-        length[:] = np.where(null, -1, 8)
-        used = np.ones(slots.shape, bool)
-        used[null, 4:] = False
+        length[:] = 8 if self.null is None else np.where(self.null[rows], -1, 8)
+
+    def loose(self, rows: slice) -> np.ndarray | None:
+        """(R,) mask of rows that do not use all of the width; None = all do."""
+        return None if self.null is None or self.null[rows].all() else self.null[rows]
+
+    def used(self, rows: slice, width: int) -> np.ndarray:
+        """(R, width) mask of the bytes that are used."""
+        used = np.ones((rows.stop - rows.start, width), bool)
+        if self.null is not None:
+            used[self.null[rows], 4:] = False
         return used
 
 
 class _TextColumn:
-    """A text column whose categories are encoded once, as items of one width: 4 bytes of length, the text, and padding."""
+    """A text column whose categories are encoded once, as items of one width: 4 bytes of length, the text, and padding. As a value
+    column otherwise."""
 
     def __init__(self, column: Text) -> None:
         encoded = [category.encode() for category in column.categories]
@@ -171,13 +192,15 @@ class _TextColumn:
     def width(self, rows: slice) -> int:
         return self.items.itemsize
 
-    def write(self, rows: slice, slots: np.ndarray) -> np.ndarray | None:
-        """As of a value column."""
-        codes = self.codes[rows]
-        slots.view(self.items.dtype)[:, 0] = self.items[codes] if len(self.items) > 1 else self.items[0]
-        if (self.lengths == slots.shape[1]).all():
-            return None
-        return np.arange(slots.shape[1]) < self.lengths[codes, None]
+    def write(self, rows: slice, slots: np.ndarray) -> None:
+        slots.view(self.items.dtype)[:, 0] = self.items[self.codes[rows]] if len(self.items) > 1 else self.items[0]
+
+    def loose(self, rows: slice) -> np.ndarray | None:
+        is_short = self.lengths < self.items.itemsize
+        return is_short[self.codes[rows]] if is_short.any() else None
+
+    def used(self, rows: slice, width: int) -> np.ndarray:
+        return np.arange(width) < self.lengths[self.codes[rows], None]
 
 
 # -- reading ------------------------------------------------------------------------------------------------------------------

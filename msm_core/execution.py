@@ -91,8 +91,7 @@ class _Execution:
             self._open(p, job)
         self.value = np.array([job.opening.trade_value for job in jobs])
         self.fee_rate = np.array([job.fee_rate for job in jobs])
-        usable = np.isfinite(market.prices) & (market.prices > 0)
-        self.priced: np.ndarray = np.all(usable, axis=1)  # every asset of the market has a price at the row
+        self.priced = market.priced
         self.has_cash = any(job.cash is not None for job in jobs)
         unmoved = np.ones(len(tape.times)) if self.has_cash else np.empty(0)
         self.cash = np.column_stack([unmoved if job.cash is None else job.cash for job in jobs])  # (T, P) levels

@@ -30,6 +30,7 @@ class Bars:
     details    gives bar_times, fresh and volumes by name, which are seldom asked for
     opening_prices (N,) aligned price at the watermark; NaN where unknown
     column, staleness: for errors
+    complete   every price is known to be usable; False = not known
     cash       (T,) level of the cash account, `opening_cash` at the watermark; None = cash earns nothing
     """
 
@@ -42,6 +43,7 @@ class Bars:
     staleness: str
     cash: Floats | None = None
     opening_cash: float = 1.0
+    complete: bool = False
 
     @cached_property
     def bar_times(self) -> Times:
@@ -217,8 +219,7 @@ ACCOUNTINGS = {"drifted": value_drifted, "target": value_target}
 
 def _require(bars: Bars, trades: Trades, opening: Opening, portfolio: str) -> None:
     """Prices without which there is no value: of what is held into an instant, and of what is held from it on."""
-    valid = bars.valid()
-    if valid.all():
+    if bars.complete or bars.valid().all():
         return
     rows = np.arange(len(bars.times))
     held = np.vstack([opening.weights, trades.after])

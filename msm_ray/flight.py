@@ -40,7 +40,7 @@ class Flight:
         self.partitions: dict[Key, int] = {}
         self.blocked: dict[Key, NodeResult] = {}
         self.loads: dict[Key, Load] = {}
-        self.seconds_left = 0.0  # of what has not been submitted
+        self.seconds_left = self.seconds_ready = 0.0  # of what has not been submitted, and what of it waits for nobody
         self.waiting: dict[tuple[Any, ...], deque[Key]] = defaultdict(deque)
         self.flying: dict[int, list[Key]] = {}
         self.turns = defaultdict[int | None, int](int)  # the last ticket of each lane
@@ -98,6 +98,7 @@ class Flight:
             bad = next((self.blocked[up] for up in self.upstream[key] if up in self.blocked), None)
             if bad is None:
                 self.waiting[(*_group(key, self.work[key]), self._lane(key))].append(key)
+                self.seconds_ready += self.loads[key].seconds
             else:
                 skipped.append(self._skip(key, bad))
         return skipped
@@ -120,7 +121,7 @@ class Flight:
         """The next nodes of a group: what others wait for comes first, then the most work.
 
         A batch is a share of all that is left, so the last ones are small and all workers end together; never so small that it is not
-        worth a task, nor too large for memory. What little there is goes in equal parts to the workers that are idle. In the order of
+        worth a task, nor too large for memory. What little is ready goes in equal parts to the workers that are idle. In the order of
         keys, as far as they are ready: rows then go to the right end of a primary key, which is its fast end.
         """
         group = self._next_group()
@@ -133,6 +134,7 @@ class Flight:
                 break
             batch.append(waiting.popleft())
             self.seconds_left -= load.seconds
+            self.seconds_ready -= load.seconds
         if not waiting:
             del self.waiting[group]
         return batch
@@ -153,8 +155,8 @@ class Flight:
     def _share(self) -> float:
         """Seconds of work that the next batch should have."""
         (least, most), idle = BATCH_SECONDS, self.executor.slots - len(self.flying)
-        if idle > 0 and self.seconds_left <= 2 * least * idle:
-            return self.seconds_left / idle * PART_SLACK
+        if idle > 0 and self.seconds_ready <= 2 * least * idle:
+            return self.seconds_ready / idle * PART_SLACK
         return min(max(self.seconds_left / (2 * self.executor.slots), least), most)
 
     def _submit(self, keys: list[Key]) -> None:
