@@ -95,14 +95,14 @@ def starting(configurations: list[PortfolioConfiguration], start: date) -> list[
 @contextmanager
 def peak_worker_mib() -> Iterator[Callable[[], float]]:
     """The most memory (MiB, resident) that any Ray worker had since the context began, seen four times a second."""
-    most, over = [0], threading.Event()
+    most, over, workers = [0], threading.Event(), list[psutil.Process]()
 
     def watch() -> None:
         for look in count():
             if over.wait(0.25):
                 return
             if look % 8 == 0:  # a look at all processes takes too much of what is measured here
-                workers = [p for p in psutil.process_iter(["name"]) if (p.info["name"] or "").startswith("ray::")]
+                workers[:] = [p for p in psutil.process_iter(["name"]) if (p.info["name"] or "").startswith("ray::")]
             for worker in workers:
                 with suppress(psutil.Error):  # it has gone
                     most[0] = max(most[0], worker.memory_info().rss)
