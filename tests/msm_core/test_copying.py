@@ -121,6 +121,30 @@ def test_more_rows_than_one_block_and_views(connection):
     assert (matches == 1.0).all()
 
 
+@pytest.mark.parametrize("texts", [("aa", "bb", "cc"), ("a", "", "ccc")], ids=["of one length", "of several"])
+@pytest.mark.parametrize(
+    ("floats_missing", "times_missing"),
+    [
+        (slice(0, 50), slice(0, 0)),  # a first vector has no price before
+        (slice(0, 50), slice(40, 60)),
+        (slice(ROWS_PER_BLOCK - 1, ROWS_PER_BLOCK + 1), slice(-1, None)),
+        (slice(None, None, 3), slice(1, None, 7)),  # more runs than are worth telling apart
+        (slice(None), slice(5, 6)),
+        (slice(None), slice(None)),
+        (slice(ROWS_PER_BLOCK), slice(ROWS_PER_BLOCK)),
+    ],
+)
+def test_nulls_wherever_they_are(connection, texts, floats_missing, times_missing):
+    rows = ROWS_PER_BLOCK + 100
+    floats, codes = np.arange(rows) + 0.5, np.arange(rows) % 3
+    times = np.datetime64("2024-01-01", "us") + np.arange(rows) * np.timedelta64(1, "h")
+    floats[floats_missing], times[times_missing] = np.nan, np.datetime64("NaT")
+    write(connection, times, Text(codes, texts), floats)
+    given = zip(times.tolist(), (texts[c] for c in codes), floats.tolist(), strict=True)
+    expected = [(t and t.replace(tzinfo=UTC), a, None if v != v else v) for t, a, v in given]
+    assert stored(connection, 't, "a %% ""b""", v') == expected
+
+
 def test_no_rows(connection):
     assert write(connection, np.empty(0, "datetime64[us]"), Text.constant("x", 0), np.empty(0)) == 0
     assert stored(connection, "*") == []

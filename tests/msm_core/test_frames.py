@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msm_core.errors import ConfigurationError, NaiveTimestamp
-from msm_core.frames import LastTrade, iso, ordered_sum, parse_frequency, to_datetime, utc
+from msm_core.frames import LastTrade, in_order, iso, ordered_sum, parse_frequency, to_datetime, utc
 
 
 def loop_sum(row: list[float]) -> float:
@@ -34,7 +34,7 @@ def wild(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("assets", [1, 2, 7, 8, 9, 15, 16, 17, 100, 129, 500])
-@pytest.mark.parametrize("times", [1, 2, 9, 64])
+@pytest.mark.parametrize("times", [1, 2, 9, 64, 501])  # the last: column by column
 def test_ordered_sum_is_the_loop_in_every_memory_order(times, assets):  # design.md section 8, rule 2
     values = wild(np.random.default_rng(assets * 1000 + times), (times, assets))
     want = expected(values)
@@ -68,6 +68,11 @@ def test_ordered_sum_of_a_batch_is_that_of_each_row(seed, portfolios, times, ass
 def test_a_zero_anywhere_changes_nothing(seed, place):  # P11
     values = wild(np.random.default_rng(seed), (7, 20))
     assert same_bits(ordered_sum(np.insert(values, place, 0.0, axis=1)), ordered_sum(values))
+
+
+def test_names_in_order():
+    assert in_order(("a", "é"), ["Z", "a"], {}) == ("Z", "a", "é")  # by bytes, each once
+    assert in_order() == ()
 
 
 def test_ordered_sum_by_hand():
