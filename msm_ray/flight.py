@@ -66,7 +66,7 @@ class Flight:
         loads = {key: load_of(node, self.errand.as_of) for key, node in work.items()}
         self.loads |= loads
         self.seconds_left += sum(load.seconds for load in loads.values())
-        self._collect_ready()  # nothing is skipped yet
+        self._collect_ready()  # nothing is skipped: what others have made ready has been collected
         self._fill()
 
     def landed(self) -> Iterator[list[NodeResult]]:
@@ -84,7 +84,7 @@ class Flight:
             yield from self._refill()
 
     def _refill(self) -> Iterator[list[NodeResult]]:
-        if skipped := self._collect_ready():
+        while skipped := self._collect_ready():  # and then those that wait for them
             yield skipped
         self._fill()
 

@@ -16,11 +16,13 @@ from msm_core.data_nodes.planning import NodePlan
 from msm_core.data_nodes.portfolios import PortfoliosDataNode
 from msm_core.data_nodes.signals import SignalWeights
 from msm_core.garbage import collecting_seldom
+from msm_core.signals import Signal
 from msm_ray import flight
 from msm_ray.executors import KINDS, Errand, Outcome, encode_batch
 from msm_ray.flight import Flight
 from msm_ray.loads import load_of
 from msm_ray.plan import Plan
+from tests import mixed
 from tests.factories import equal, fixed, portfolio
 
 AS_OF = datetime(2024, 1, 2, tzinfo=UTC)
@@ -57,6 +59,10 @@ class Landing:
 def node(configuration: PortfolioConfiguration, since: datetime | None = YESTERDAY) -> NodePlan[PortfoliosDataNode]:
     made = PortfoliosDataNode(portfolio_configuration=configuration, watermark=since)
     return NodePlan(configuration.identifier, "inputs advanced", made)
+
+
+def copies(identifier: str) -> Signal:
+    return mixed.replicator(3, portfolio=identifier)
 
 
 def flown(
@@ -203,6 +209,21 @@ def test_a_further_plan_joins_those_under_way():
     assert told == [f"p0000{i}" for i in range(7)]
     assert [r.identifier for batch in aloft.results() for r in batch] == ["p00007"]
     assert [name for _, names in executor.batches for name in names] == [c.identifier for c in configurations]
+
+
+def test_whoever_waits_for_a_failure_is_told_before_a_further_plan():
+    """c copies b, which copies a. All of them come to an end with a's batch, and none is lost when the next plan comes."""
+    a, b, c = (portfolio(name, signal) for name, signal in zip("abc", (fixed(A=1.0), copies("a"), copies("b")), strict=True))
+    signals = tuple(NodePlan(x.signal_uid, "new", SignalWeights(signal_weights_instance=x.signal)) for x in (b, c))
+    executor = Landing(slots=1)
+    aloft = Flight(executor, Errand(AS_OF))
+    aloft.add(Plan(AS_OF, (), signals, tuple(map(node, (a, b, c))), {b.signal_uid: ("a",), c.signal_uid: ("b",)}))
+    executor.wait = lambda: (executor.queue.popleft()[0], [NodeResult("portfolio", "a", "failed")])  # type: ignore[method-assign]
+    told = [(r.identifier, r.status) for batch in aloft.landed() for r in batch]
+    assert told == [("a", "failed"), *((name, "skipped") for name in (b.signal_uid, "b", c.signal_uid, "c"))]
+    del executor.wait
+    aloft.add(Plan(AS_OF, (), (), (node(fleet(1)[0]),)))
+    assert [(r.identifier, r.status) for batch in aloft.results() for r in batch] == [("p00000", "landed")]
 
 
 def test_a_batch_size_that_is_asked_for_is_the_size():
