@@ -82,8 +82,12 @@ class Round(NamedTuple):
 
 
 def _round(engine: Engine, executor: RayExecutor, fleet: list[PortfolioConfiguration], style: RebalanceOn, as_of: datetime) -> Round:
-    """The job, its limit and the naive one, one after the other."""
+    """The job, its limit and the naive one, one after the other, in a database that has settled: the vacuum that autovacuum owes to the
+    rows of the round before is not this round's."""
     register(engine, fleet)
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.exec_driver_sql("VACUUM ANALYZE")
+        connection.exec_driver_sql("CHECKPOINT")
     started = time.perf_counter()
     report = run_fleet(engine, fleet, executor, as_of)
     seconds = time.perf_counter() - started
