@@ -113,30 +113,30 @@ def encode_rows(block: Block) -> Iterator[bytes]:
     columns = [_TextColumn(column) if isinstance(column, Text) else _ValueColumn(column) for column in block.values()]
     for start in range(0, row_count(block), ROWS_PER_BLOCK):
         rows = slice(start, min(start + ROWS_PER_BLOCK, row_count(block)))
-        widths = [column.width(rows) for column in columns]
-        edges = np.cumsum([2, *widths]).tolist()
+        edges = np.cumsum([2, *(column.width(rows) for column in columns)]).tolist()
         slots = np.empty((rows.stop - rows.start, edges[-1]), np.uint8)
         slots[:, :2].view(">i2")[:, 0] = len(columns)
         for column, begin, end in zip(columns, edges, edges[1:], strict=False):
             column.write(rows, slots[:, begin:end])
-        yield b"".join(_squeezed(slots, rows, columns, widths))
+        yield b"".join(_squeezed(slots, rows, columns, edges))
 
 
-def _squeezed(slots: np.ndarray, rows: slice, columns: "Sequence[_TextColumn | _ValueColumn]", widths: Sequence[int]) -> Iterator[bytes]:
+def _squeezed(slots: np.ndarray, rows: slice, columns: "Sequence[_TextColumn | _ValueColumn]", edges: Sequence[int]) -> Iterator[bytes]:
     """The rows as they are, run by run; of a run that leaves room unused, what a mask lets through: that is slow, and mostly for a few
     rows, such as a first vector, which has no price before."""
     loose = np.zeros(len(slots), bool)
     for column in columns:
         if (mask := column.loose(rows)) is not None:
             loose |= mask
-    edges = np.flatnonzero(loose[1:] != loose[:-1]) + 1
-    for begin, end in pairwise([0, *(edges.tolist() if len(edges) <= RUNS_MAX else ()), len(slots)]):
+    turns = np.flatnonzero(loose[1:] != loose[:-1]) + 1
+    for begin, end in pairwise([0, *(turns.tolist() if len(turns) <= RUNS_MAX else ()), len(slots)]):
         if not loose[begin:end].any():
             yield slots[begin:end].tobytes()
             continue
-        part = slice(rows.start + begin, rows.start + end)
-        used = [column.used(part, width) for column, width in zip(columns, widths, strict=True)]
-        yield slots[begin:end][np.hstack([np.ones((end - begin, 2), bool), *used])].tobytes()
+        used = np.ones((end - begin, slots.shape[1]), bool)
+        for column, left, right in zip(columns, edges, edges[1:], strict=False):
+            column.clear(slice(rows.start + begin, rows.start + end), used[:, left:right])
+        yield slots[begin:end][used].tobytes()
 
 
 class _ValueColumn:
@@ -169,15 +169,13 @@ class _ValueColumn:
         length[:] = 8 if self.null is None else np.where(self.null[rows], -1, 8)
 
     def loose(self, rows: slice) -> np.ndarray | None:
-        """(R,) mask of rows that do not use all of the width; None = all do."""
+        """(R,) mask of rows that may not use all of the width; None = all do."""
         return None if self.null is None or self.null[rows].all() else self.null[rows]
 
-    def used(self, rows: slice, width: int) -> np.ndarray:
-        """(R, width) mask of the bytes that are used."""
-        used = np.ones((rows.stop - rows.start, width), bool)
+    def clear(self, rows: slice, used: np.ndarray) -> None:
+        """In a mask (R, width), strike out the bytes that are not used."""
         if self.null is not None:
             used[self.null[rows], 4:] = False
-        return used
 
 
 class _TextColumn:
@@ -196,11 +194,11 @@ class _TextColumn:
         slots.view(self.items.dtype)[:, 0] = self.items[self.codes[rows]] if len(self.items) > 1 else self.items[0]
 
     def loose(self, rows: slice) -> np.ndarray | None:
-        is_short = self.lengths < self.items.itemsize
-        return is_short[self.codes[rows]] if is_short.any() else None
+        is_any_short = bool((self.lengths < self.items.itemsize).any())
+        return np.ones(rows.stop - rows.start, bool) if is_any_short else None  # lengths change from row to row: no runs worth finding
 
-    def used(self, rows: slice, width: int) -> np.ndarray:
-        return np.arange(width) < self.lengths[self.codes[rows], None]
+    def clear(self, rows: slice, used: np.ndarray) -> None:
+        used[:] = np.arange(used.shape[1]) < self.lengths[self.codes[rows], None]
 
 
 # -- reading ------------------------------------------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ def test_a_fleet_of_everything_night_by_night(engine, tmp_path):  # R98
 
 @pytest.mark.parametrize("size", [1, 4])
 def test_a_fleet_that_is_planned_in_parts_has_the_same_bits(engine, tmp_path, monkeypatch, size):
-    """Parts that are planned while others run, in any order of landing; each node is told once, and one that is busy comes again."""
+    """Parts that are planned while others run, in any order of landing; each node is told once."""
     closes, fleet = of_everything(engine, tmp_path)
     landed(engine, fleet)
     expected = bits(engine)
