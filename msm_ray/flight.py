@@ -3,9 +3,10 @@
 A node's failure stops only what depends on it. A lost batch is halved and tried again until the culprit stands alone.
 """
 
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
+from heapq import heappop, heappush
 from types import MappingProxyType
 from typing import Any
 
@@ -40,8 +41,8 @@ class Flight:
         self.partitions: dict[Key, int] = {}
         self.blocked: dict[Key, NodeResult] = {}
         self.loads: dict[Key, Load] = {}
-        self.seconds_left = self.seconds_ready = 0.0  # of what has not been submitted, and what of it waits for nobody
-        self.waiting: dict[tuple[Any, ...], deque[Key]] = defaultdict(deque)
+        self.seconds_ready = 0.0  # of what has not been submitted, and waits for nobody
+        self.waiting: dict[tuple[Any, ...], list[Key]] = defaultdict(list)  # heaps: the least key comes first
         self.flying: dict[int, list[Key]] = {}
         self.turns = defaultdict[int | None, int](int)  # the last ticket of each lane
         self.tickets = 0
@@ -63,9 +64,7 @@ class Flight:
         self.work |= work
         self.upstream |= upstream
         self.partitions |= partitions
-        loads = {key: load_of(node, self.errand.as_of) for key, node in work.items()}
-        self.loads |= loads
-        self.seconds_left += sum(load.seconds for load in loads.values())
+        self.loads |= {key: load_of(node, self.errand.as_of) for key, node in work.items()}
         self._collect_ready()  # nothing is skipped: what others have made ready has been collected
         self._fill()
 
@@ -97,7 +96,7 @@ class Flight:
         for key in [key for sorter in self.sorters for key in sorter.get_ready()]:
             bad = next((self.blocked[up] for up in self.upstream[key] if up in self.blocked), None)
             if bad is None:
-                self.waiting[(*_group(key, self.work[key]), self._lane(key))].append(key)
+                heappush(self.waiting[(*_group(key, self.work[key]), self._lane(key))], key)
                 self.seconds_ready += self.loads[key].seconds
             else:
                 skipped.append(self._skip(key, bad))
@@ -120,9 +119,10 @@ class Flight:
     def _next_batch(self) -> list[Key]:
         """The next nodes of a group: what others wait for comes first, then the most work.
 
-        A batch is a share of all that is left, so the last ones are small and all workers end together; never so small that it is not
+        A batch is a share of all that is ready, so the last ones are small and all workers end together; never so small that it is not
         worth a task, nor too large for memory. What little is ready goes in equal parts to the workers that are idle. In the order of
-        keys, as far as they are ready: rows then go to the right end of a primary key, which is its fast end.
+        keys, as far as they are ready: rows then go to the right end of a primary key, which is its fast end. That is why a share of
+        what is ready, not of what is left: while signals are landing, a larger one would take keys from all over.
         """
         group = self._next_group()
         waiting, batch, rows, cells, seconds = self.waiting[group], list[Key](), 0.0, 0.0, 0.0
@@ -132,8 +132,7 @@ class Flight:
             rows, cells, seconds = rows + load.rows, cells + load.cells, seconds + load.seconds
             if batch and (rows > BATCH_ROWS_MAX or cells > BATCH_CELLS_MAX or (seconds > share and not self.batch_size)):
                 break
-            batch.append(waiting.popleft())
-            self.seconds_left -= load.seconds
+            batch.append(heappop(waiting))
             self.seconds_ready -= load.seconds
         if not waiting:
             del self.waiting[group]
@@ -157,7 +156,7 @@ class Flight:
         (least, most), idle = BATCH_SECONDS, self.executor.slots - len(self.flying)
         if idle > 0 and self.seconds_ready <= 2 * least * idle:
             return self.seconds_ready / idle * PART_SLACK
-        return min(max(self.seconds_left / (2 * self.executor.slots), least), most)
+        return min(max(self.seconds_ready / (2 * self.executor.slots), least), most)
 
     def _submit(self, keys: list[Key]) -> None:
         nodes = [self.work[key] for key in sorted(keys)]

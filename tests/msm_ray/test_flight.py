@@ -145,8 +145,22 @@ def test_prices_that_are_reckoned_with_bound_a_batch_too(monkeypatch):
 
 def test_batches_are_in_the_order_of_keys():
     executor = flown([node(c) for c in reversed(fleet(3_000))])
-    for _, names in executor.batches:
-        assert names == sorted(names)
+    names = [name for _, names in executor.batches for name in names]
+    assert names == sorted(names)
+
+
+def test_portfolios_go_in_the_order_of_keys_though_their_signals_land_in_another():
+    """Signals land by uid, half of them first: what is inserted below the greatest key so far is the exception."""
+    weights = [{f"A{k}": 0.1 for k in range(9)} | {"A0": 0.1 + i / 1_000} for i in range(100)]
+    first = [portfolio(f"p{i:05}", fixed(**w), on="every_session", start_date=LONG_AGO) for i, w in enumerate(weights)]
+    executor = flown([node(c, since=None) for c in first], signals=True)
+    assert [len(names) for kind, names in executor.batches if kind == "signal"] == [50, 50]
+    below, greatest = 0, ""
+    for kind, names in executor.batches:
+        if kind == "portfolio":
+            below += sum(name < greatest for name in names)
+            greatest = max(greatest, *names)
+    assert below < 30
 
 
 def test_nodes_that_share_no_prices_share_no_batch():
