@@ -10,7 +10,9 @@ import multiprocessing
 import multiprocessing.synchronize
 import sys
 import time
+import traceback
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
 
 import synthetic
@@ -29,6 +31,7 @@ from msm_ray.run import run_fleet
 
 STORAGES = (SignalWeightsStorage, PortfolioWeightsStorage, PortfoliosStorage)
 PIECE_ROWS = 1_500_000  # of a process, held in memory as bytes
+BARRIER: multiprocessing.synchronize.Barrier  # of the processes that copy together; each has it from its beginning
 
 
 class Limit(NamedTuple):
@@ -53,19 +56,11 @@ def measured(engine: Engine, fleet: Sequence[PortfolioConfiguration], processes:
         lanes = partitions_of(connection, PortfolioWeightsStorage, names)
     pieces = max(round(weights / PIECE_ROWS / processes), 1)  # of each process
     lanes = lanes or {name: i * pieces * processes // len(names) for i, name in enumerate(names)}  # as batches are: neighbours together
+    own = [[c for c in fleet if lanes[c.identifier] % processes == process] for process in range(processes)]
+    shares = [[part[len(part) * i // pieces : len(part) * (i + 1) // pieces] for i in range(pieces)] for part in own]
     context = multiprocessing.get_context("spawn")
-    barrier, results = context.Barrier(processes), context.SimpleQueue()
-    workers = []
-    for process in range(processes):
-        own = [c for c in fleet if lanes[c.identifier] % processes == process]
-        parts = [own[len(own) * i // pieces : len(own) * (i + 1) // pieces] for i in range(pieces)]
-        scopes = [([c.signal_uid for c in part], [c.identifier for c in part]) for part in parts]
-        workers.append(context.Process(target=_copy, args=(scopes, barrier, results)))
-    for worker in workers:
-        worker.start()
-    found = [results.get() for _ in workers]
-    for worker in workers:
-        worker.join()
+    with ProcessPoolExecutor(processes, context, _share_barrier, (context.Barrier(processes),)) as pool:
+        found = list(pool.map(_copy, [[([c.signal_uid for c in p], [c.identifier for c in p]) for p in parts] for parts in shares]))
     with engine.begin() as connection:
         for storage in STORAGES:
             connection.exec_driver_sql(f"DROP TABLE limit_{storage.__tablename__}")
@@ -84,12 +79,26 @@ def _make_equal(connection: Connection, storage: Any) -> None:
         connection.exec_driver_sql(f"CREATE TABLE {new}_{remainder} PARTITION OF {new} FOR VALUES {bound}")
 
 
-def _copy(scopes: Sequence[tuple[list[str], list[str]]], barrier: multiprocessing.synchronize.Barrier, results: Any) -> None:
-    """Of each piece: fetch its rows as COPY's own bytes, wait for the others, send them; only the sending counts."""
+def _share_barrier(barrier: multiprocessing.synchronize.Barrier) -> None:
+    global BARRIER
+    BARRIER = barrier
+
+
+def _copy(scopes: Sequence[tuple[list[str], list[str]]]) -> tuple[int, float]:
+    """Of each piece: fetch its rows as COPY's own bytes, wait for the others, send them; only the sending counts. Rows and seconds."""
+    try:
+        return _copied(scopes)
+    except BaseException:
+        traceback.print_exc()  # it may be another one's error that the pool tells
+        BARRIER.abort()  # whoever waits for this one need not
+        raise
+
+
+def _copied(scopes: Sequence[tuple[list[str], list[str]]]) -> tuple[int, float]:
     engine, rows, seconds = get_engine(), 0, 0.0
     for signals, portfolios in scopes:
         given = {storage: _encoded(engine, storage, signals if storage is SignalWeightsStorage else portfolios) for storage in STORAGES}
-        barrier.wait()
+        BARRIER.wait()
         started = time.perf_counter()
         with transaction(engine) as connection:
             for storage, encoded in given.items():
@@ -99,9 +108,9 @@ def _copy(scopes: Sequence[tuple[list[str], list[str]]], barrier: multiprocessin
                         for chunk in encoded:
                             copy.write(chunk)
                     rows += cursor.rowcount
-        barrier.wait()
+        BARRIER.wait()
         seconds += time.perf_counter() - started
-    results.put((rows, seconds))
+    return rows, seconds
 
 
 def _encoded(engine: Engine, storage: Any, scopes: list[str]) -> list[bytes]:

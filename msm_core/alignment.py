@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from msm_core.frames import NEVER, Floats, Series, Times
+from msm_core.frames import NEVER, Floats, Series, Times, is_usable
 from msm_core.identity import Spec
 from msm_core.sessions import Sessions
 
@@ -65,9 +65,7 @@ class Market:
     @cached_property
     def priced(self) -> np.ndarray:
         """(T,) mask of valuation times at which every asset has a usable price, finite and above 0."""
-        usable = np.isfinite(self.prices)
-        usable &= self.prices > 0
-        return np.asarray(np.all(usable, axis=1))
+        return np.asarray(np.all(is_usable(self.prices), axis=1))
 
     def columns(self, assets: Sequence[str]) -> np.ndarray:
         return np.fromiter(map(self.places.__getitem__, assets), np.int64, len(assets))
@@ -137,7 +135,7 @@ def align(
             continue
         first_bar[i], last_bar[i] = bars.times[[0, -1]]  # of all bars: a bad last one must be told, not dropped
         if policy.missing == "hold":
-            bars = bars.kept(np.isfinite(bars.values) & ((bars.values >= 0) if zero_allowed else (bars.values > 0)))
+            bars = bars.kept(is_usable(bars.values) | ((bars.values == 0) & zero_allowed))
         index = np.searchsorted(bars.times, grid, side="right") - 1
         known = index >= 0
         asked = bars.volumes if bars.liquidity is None else bars.liquidity

@@ -5,7 +5,7 @@ Times inside the core are numpy `datetime64[us]` arrays and mean UTC; Postgres k
 
 import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import chain, compress
@@ -69,6 +69,19 @@ class LastTrade:
 def in_order(*names: Iterable[str]) -> tuple[str, ...]:
     """Each of the names once, in bytewise order. Fast where they come in order, which they nearly always do."""
     return tuple(sorted(dict.fromkeys(chain.from_iterable(names))))
+
+
+def places(names: Sequence[str], among: Sequence[str]) -> np.ndarray:
+    """(N,) where each name stands among some others; -1 = nowhere."""
+    place = {name: i for i, name in enumerate(among)}
+    return np.array([place.get(name, -1) for name in names], dtype=np.int64)
+
+
+def is_usable(values: Floats) -> np.ndarray:
+    """Mask of what a price, or a portfolio's value, may be: finite and above 0."""
+    usable = np.isfinite(values)
+    usable &= values > 0
+    return usable
 
 
 def ordered_sum(values: Floats, out: Floats | None = None) -> Floats:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from msm_core.errors import BarOffGrid, InvalidPrice, MislabelledBar, MisplacedBar, MsmError, PriceGap, RepeatedBar
-from msm_core.frames import DAY, NEVER, Floats, Times, format_frequency, iso, ordered_sum
+from msm_core.frames import DAY, NEVER, Floats, Times, format_frequency, is_usable, iso, ordered_sum
 from msm_core.sessions import Sessions
 
 CODE_VERSION = "1"  # bump when the numbers change
@@ -357,7 +357,7 @@ def _require_values(bars: PriceBars, slot: np.ndarray, due: np.ndarray, grid: _G
         facts = faults.facts(bars, row, grid.ends[slot[row]])
         faults.add(bars, row, RepeatedBar(**facts, cadence=format_frequency(faults.policy.cadence)))
     close = bars.numbers["close"]
-    unusable[rows] = ~(np.isfinite(close[rows]) & (close[rows] > 0))
+    unusable[rows] = ~is_usable(close[rows])
     for row in faults.first_rows(bars, unusable):
         facts = faults.facts(bars, row, bars.times[row])
         faults.add(bars, row, InvalidPrice(portfolio=facts.pop("source"), column="close", value=float(close[row]), **facts))

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from msm_core.errors import InvalidPrice, InvalidValue, MissingPrice
-from msm_core.frames import Floats, Times, iso, ordered_sum
+from msm_core.frames import Floats, Times, is_usable, iso, ordered_sum
 
 WeightAccounting = Literal["drifted", "target"]
 
@@ -62,7 +62,7 @@ class Bars:
 
     def valid(self) -> np.ndarray:
         """(T, N) mask of prices that may be used: finite and above 0."""
-        return np.isfinite(self.prices) & (self.prices > 0)
+        return is_usable(self.prices)
 
     def require(self, needed: np.ndarray, portfolio: str) -> None:
         """Raises MissingPrice or InvalidPrice for the earliest unusable cell among the needed ones, a mask (T, N)."""
@@ -252,7 +252,7 @@ def _ratio(held: Floats, prices: Floats, struck: Floats) -> Floats:
 def _checked(values: Floats, last: np.ndarray, bars: Bars, opening: Opening, portfolio: str) -> Floats:
     """`values` with NaN before the first purchase. Raises InvalidValue for the earliest one that is not finite and above 0."""
     begun = np.full(len(values), opening.started) | (last > 0)
-    bad = begun & ~(np.isfinite(values) & (values > 0))
+    bad = begun & ~is_usable(values)
     if bad.any():
         row = int(bad.argmax())
         raise InvalidValue(portfolio=portfolio, time=iso(bars.times[row]), value=float(values[row]))

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from msm_core.alignment import Market
 from msm_core.errors import EmptyWindow, WeightOutOfBounds
-from msm_core.frames import Floats, Times, iso, ordered_sum
+from msm_core.frames import Floats, Times, is_usable, iso, ordered_sum
 from msm_core.identity import Spec
 from msm_core.sessions import Sessions
 
@@ -113,7 +113,7 @@ class Tape:
         """(T, A) price x volume of each bar; 0 where there is no bar, no volume or no usable price."""
         with np.errstate(invalid="ignore"):  # 0 x infinity
             value = self.prices * self.volumes
-        return np.where(np.isfinite(value) & (value > 0), value, 0.0)
+        return np.where(is_usable(value), value, 0.0)
 
     def clock(self, times: Times, session: np.ndarray) -> np.ndarray:
         """Time since local midnight of the session's date; a session that closes at midnight closes at 24:00."""

@@ -5,7 +5,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from msm_core.frames import Floats
+from msm_core.frames import Floats, is_usable
 from msm_core.rebalance_strategy.base import OrderStrategy, Tape
 
 
@@ -30,5 +30,5 @@ class LiquidityConstrained(OrderStrategy):
 
     def capacity(self, tape: Tape) -> Floats:
         available = tape.liquidity if self.available_liquidity_unit == "notional" else tape.prices * tape.liquidity
-        usable = np.isfinite(available) & (available > 0) & np.isfinite(tape.prices)
+        usable = is_usable(available) & np.isfinite(tape.prices)
         return np.where(usable, available, 0.0) * (self.max_liquidity_fraction / self.total_notional)
