@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import limit
 import naive
 import synthetic
-from common import emit, options, peak_worker_mib, register, server
+from common import emit, options, peak_worker_mib, register, server, settle
 from sqlalchemy import Engine
 
 from msm_core.configuration import PortfolioConfiguration
@@ -85,9 +85,7 @@ def _round(engine: Engine, executor: RayExecutor, fleet: list[PortfolioConfigura
     """The job, its limit and the naive one, one after the other, in a database that has settled: the vacuum that autovacuum owes to the
     rows of the round before is not this round's."""
     register(engine, fleet)
-    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        connection.exec_driver_sql("VACUUM ANALYZE")
-        connection.exec_driver_sql("CHECKPOINT")
+    settle(engine)
     started = time.perf_counter()
     report = run_fleet(engine, fleet, executor, as_of)
     seconds = time.perf_counter() - started

@@ -15,7 +15,7 @@ from datetime import date
 from typing import Any
 
 import synthetic
-from common import counted_statements, emit, options, peak_worker_mib, register, server
+from common import counted_statements, emit, options, peak_worker_mib, register, server, settle
 from sqlalchemy import Engine
 
 from msm_core.configuration import PortfolioConfiguration
@@ -53,9 +53,7 @@ def _nights(engine: Engine, executor: Executor, fleet: list[PortfolioConfigurati
     loaded = run_fleet(engine, fleet, executor, synthetic.through(closes[-1 - nights]))
     assert loaded.counts()["landed"] == len(fleet), loaded.failures()[:3]
     print(f"loaded {loaded.rows_written:,} rows in {time.perf_counter() - started:.0f} s", file=sys.stderr)
-    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        connection.exec_driver_sql("VACUUM ANALYZE")
-        connection.exec_driver_sql("CHECKPOINT")
+    settle(engine)
     portfolios = len(fleet)
     fleet.clear()
     gc.collect()
