@@ -7,13 +7,14 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from datetime import date
+from datetime import date, datetime
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import psutil
 import psycopg
+import synthetic
 from sqlalchemy import Engine
 
 from msm_core.configuration import PortfolioConfiguration
@@ -22,6 +23,10 @@ from msm_core.database import get_engine, transaction
 from msm_core.embedded import EmbeddedPostgres
 from msm_core.verification import checksum
 from msm_ray import demo, prepare
+from msm_ray.executors import RayExecutor
+from msm_ray.run import run_fleet
+
+WARM_SEED = 3
 
 
 def options(description: str | None, **switches: str) -> argparse.Namespace:
@@ -81,6 +86,13 @@ def settle(engine: Engine) -> None:
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.exec_driver_sql("VACUUM ANALYZE")
         connection.exec_driver_sql("CHECKPOINT")
+
+
+def warm_up(engine: Engine, executor: RayExecutor, as_of: datetime) -> None:
+    """Workers have run something. Its names come before all others: what is measured is appended at the end of the tables."""
+    fleet = synthetic.fleet(2 * executor.slots, "month_end", prefix="a", seed=WARM_SEED)
+    register(engine, fleet)
+    run_fleet(engine, fleet, executor, as_of)
 
 
 def register(engine: Engine, configurations: list[PortfolioConfiguration]) -> None:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import limit
 import naive
 import synthetic
-from common import emit, options, peak_worker_mib, register, server, settle
+from common import emit, options, peak_worker_mib, register, server, settle, warm_up
 from sqlalchemy import Engine
 
 from msm_core.configuration import PortfolioConfiguration
@@ -55,9 +55,7 @@ def main() -> None:
 def _measured(engine: Engine, executor: RayExecutor, style: RebalanceOn, quick: bool) -> dict[str, Any]:
     closes = synthetic.load(engine)
     as_of = synthetic.through(closes[-2])
-    warm = synthetic.fleet(2 * executor.slots, "month_end", prefix="a", seed=ROUNDS)  # before all others: tables grow at their end
-    register(engine, warm)
-    run_fleet(engine, warm, executor, as_of)
+    warm_up(engine, executor, as_of)
     count, rounds = (QUICK_PORTFOLIOS if quick else PORTFOLIOS)[style], 1 if quick else ROUNDS
     with peak_worker_mib() as peak:
         done = [_round(engine, executor, synthetic.fleet(count, style, f"{style[0]}{i}-", seed=i), style, as_of) for i in range(rounds)]

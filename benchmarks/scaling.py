@@ -15,7 +15,7 @@ import time
 
 import numpy as np
 import synthetic
-from common import emit, options, peak_worker_mib, register, server, settle
+from common import emit, options, peak_worker_mib, register, server, settle, warm_up
 from sqlalchemy import Engine
 
 from msm_ray.executors import RayExecutor
@@ -62,10 +62,9 @@ def main() -> None:
 
 def _seconds(engine: Engine, executor: RayExecutor, size: int) -> float:
     closes = synthetic.load(engine)
-    warm = synthetic.fleet(executor.slots, "month_end", prefix="a", seed=1)  # before all others: tables grow at their end
     fleet = synthetic.fleet(size, "month_end", start=closes[-1 - SESSIONS_BEFORE].date())
-    register(engine, [*warm, *fleet])
-    run_fleet(engine, warm, executor, synthetic.through(closes[-2]))
+    register(engine, fleet)
+    warm_up(engine, executor, synthetic.through(closes[-2]))
     started = time.perf_counter()
     report = run_fleet(engine, fleet, executor, synthetic.through(closes[-2]))
     seconds = time.perf_counter() - started

@@ -135,7 +135,7 @@ def align(
             continue
         first_bar[i], last_bar[i] = bars.times[[0, -1]]  # of all bars: a bad last one must be told, not dropped
         if policy.missing == "hold":
-            bars = bars.kept(is_usable(bars.values) | ((bars.values == 0) & zero_allowed))
+            bars = bars.kept(is_usable(bars.values, zero_allowed))
         index = np.searchsorted(bars.times, grid, side="right") - 1
         known = index >= 0
         asked = bars.volumes if bars.liquidity is None else bars.liquidity

@@ -18,7 +18,7 @@ from msm_core.configuration import PortfolioConfiguration
 from msm_core.decisions import decided_events
 from msm_core.errors import MissingPrices, ScopeUndetermined
 from msm_core.execution import Job, execute, tape_of
-from msm_core.frames import TICK, Floats, LastTrade, Times, in_order, is_usable, iso, places
+from msm_core.frames import TICK, Floats, LastTrade, Times, in_order, is_usable, iso
 from msm_core.signals import Vectors
 from msm_core.signals.computed import ComputedSignal
 from msm_core.valuation import ACCOUNTINGS, Bars, Opening, Order, Trades
@@ -359,16 +359,22 @@ def _opening(state: State | None, assets: tuple[str, ...]) -> Opening:
     trade = state.last_trade
     weights, prices, volumes = trade.weights, trade.prices, trade.volumes
     if trade.assets != assets:
-        held = places(assets, trade.assets)
+        held = _places(assets, trade.assets)
         weights = np.where(held >= 0, weights[held], 0.0)
         prices, volumes = (np.where(held >= 0, column[held], np.nan) for column in (prices, volumes))
     return Opening(True, state.calculated_close, state.trade_value, weights, prices, volumes, order=_order(state, assets))
 
 
+def _places(assets: Sequence[str], among: Sequence[str]) -> np.ndarray:
+    """(N,) where each asset stands among some others; -1 = nowhere."""
+    place = {asset: i for i, asset in enumerate(among)}
+    return np.array([place.get(asset, -1) for asset in assets], dtype=np.int64)
+
+
 def _order(state: State, assets: tuple[str, ...]) -> Order | None:
     if state.order is None:
         return None
-    own = places(assets, state.order.assets)
+    own = _places(assets, state.order.assets)
     goals, used = np.where(own >= 0, state.order.goals[own], np.nan), np.where(own >= 0, state.order.used[own], 0.0)
     return Order(state.watermark, goals, state.order.active_from, used)
 

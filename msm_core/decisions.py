@@ -6,7 +6,7 @@ from datetime import timedelta
 import numpy as np
 
 from msm_core.configuration import PortfolioConfiguration
-from msm_core.frames import NEVER, Times, places
+from msm_core.frames import NEVER, Times
 from msm_core.sessions import Sessions
 from msm_core.signals import Vectors
 from msm_core.valuation import Bars, Events
@@ -47,8 +47,9 @@ def decided_events(
     is_used[target[kept]] = True
     targets = vectors.weights[is_used]
     if vectors.assets != bars.assets:
+        place = {asset: i for i, asset in enumerate(bars.assets)}
         wide = np.zeros((len(targets), len(bars.assets)))
-        wide[:, places(vectors.assets, bars.assets)] = targets
+        wide[:, [place[a] for a in vectors.assets]] = targets
         targets = wide
     which = (np.cumsum(is_used) - 1)[target[kept]]
     if strategy.limits is not None:

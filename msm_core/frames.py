@@ -5,7 +5,7 @@ Times inside the core are numpy `datetime64[us]` arrays and mean UTC; Postgres k
 
 import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import chain, compress
@@ -71,16 +71,10 @@ def in_order(*names: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(dict.fromkeys(chain.from_iterable(names))))
 
 
-def places(names: Sequence[str], among: Sequence[str]) -> np.ndarray:
-    """(N,) where each name stands among some others; -1 = nowhere."""
-    place = {name: i for i, name in enumerate(among)}
-    return np.array([place.get(name, -1) for name in names], dtype=np.int64)
-
-
-def is_usable(values: Floats) -> np.ndarray:
-    """Mask of what a price, or a portfolio's value, may be: finite and above 0."""
+def is_usable(values: Floats, zero_allowed: bool = False) -> np.ndarray:
+    """Mask of what a price, or a portfolio's value, may be: finite and above 0; or 0 where that is allowed, as for a volume."""
     usable = np.isfinite(values)
-    usable &= values > 0
+    usable &= values >= 0 if zero_allowed else values > 0
     return usable
 
 

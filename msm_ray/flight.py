@@ -41,7 +41,7 @@ class Flight:
         self.partitions: dict[Key, int] = {}
         self.blocked: dict[Key, NodeResult] = {}
         self.loads: dict[Key, Load] = {}
-        self.seconds_ready = 0.0  # of what has not been submitted, and waits for nobody
+        self.seconds_ready = defaultdict[tuple[Any, ...], float](float)  # of what waits, by group, whatever its lane
         self.waiting: dict[tuple[Any, ...], list[Key]] = defaultdict(list)  # heaps: the least key comes first
         self.flying: dict[int, list[Key]] = {}
         self.turns = defaultdict[int | None, int](int)  # the last ticket of each lane
@@ -96,8 +96,9 @@ class Flight:
         for key in [key for sorter in self.sorters for key in sorter.get_ready()]:
             bad = next((self.blocked[up] for up in self.upstream[key] if up in self.blocked), None)
             if bad is None:
-                heappush(self.waiting[(*_group(key, self.work[key]), self._lane(key))], key)
-                self.seconds_ready += self.loads[key].seconds
+                alike = _group(key, self.work[key])
+                heappush(self.waiting[(*alike, self._lane(key))], key)
+                self.seconds_ready[alike] += self.loads[key].seconds
             else:
                 skipped.append(self._skip(key, bad))
         return skipped
@@ -133,7 +134,7 @@ class Flight:
             if batch and (rows > BATCH_ROWS_MAX or cells > BATCH_CELLS_MAX or (seconds > share and not self.batch_size)):
                 break
             batch.append(heappop(waiting))
-            self.seconds_ready -= load.seconds
+            self.seconds_ready[group[:-1]] -= load.seconds
         if not waiting:
             del self.waiting[group]
         return batch
@@ -141,25 +142,23 @@ class Flight:
     def _next_group(self) -> tuple[Any, ...]:
         """Of the lanes of a group it is the turn of the one in which the fewest batches fly."""
         flying = Counter(self._lane(keys[0]) for keys in self.flying.values())
-        seconds: dict[tuple[Any, ...], float] = defaultdict(float)
-        for (*alike, _), keys in self.waiting.items():
-            seconds[tuple(alike)] += sum(self.loads[key].seconds for key in keys)
 
         def rank(group: tuple[Any, ...]) -> tuple[float, ...]:
-            *alike, lane = group
-            return UPSTREAM_FIRST[group[0]], -seconds[tuple(alike)], flying[lane], self.turns[lane]
+            lane = group[-1]
+            return UPSTREAM_FIRST[group[0]], -self.seconds_ready[group[:-1]], flying[lane], self.turns[lane]
 
         return min(self.waiting, key=rank)
 
     def _share(self) -> float:
         """Seconds of work that the next batch should have."""
         (least, most), idle = BATCH_SECONDS, self.executor.slots - len(self.flying)
-        if idle > 0 and self.seconds_ready <= 2 * least * idle:
-            return self.seconds_ready / idle * PART_SLACK
-        return min(max(self.seconds_ready / (2 * self.executor.slots), least), most)
+        ready = sum(self.seconds_ready.values())
+        if idle > 0 and ready <= 2 * least * idle:
+            return ready / idle * PART_SLACK
+        return min(max(ready / (2 * self.executor.slots), least), most)
 
     def _submit(self, keys: list[Key]) -> None:
-        nodes = [self.work[key] for key in sorted(keys)]
+        nodes = [self.work[key] for key in keys]
         kind, _ = keys[0]
         self.tickets += 1
         self.flying[self.tickets] = keys

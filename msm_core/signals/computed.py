@@ -14,7 +14,7 @@ from pydantic import Field
 
 from msm_core.alignment import Market, PriceAlignmentPolicy
 from msm_core.errors import FitFailed, InvalidInput, MissingPrices
-from msm_core.frames import Floats, Times, iso
+from msm_core.frames import Floats, Times, is_usable, iso
 from msm_core.price_sources import AnyPriceSource, PublishedValues
 from msm_core.sessions import Sessions
 from msm_core.signals.base import NOTHING, Inputs, ListedSignal, Request, Vectors
@@ -115,8 +115,7 @@ class ComputedSignal(ListedSignal):
         """(T, n) the panel's numbers, NaN where an asset is gone. Raises InvalidInput."""
         values = panel.prices.copy()
         gone = panel.gone(np.arange(len(panel.assets)), panel.grid)
-        lowest = values >= 0 if request.zero_allowed else values > 0
-        bad = panel.fresh & ~gone & ~(np.isfinite(values) & lowest) & (panel.grid <= through)[:, None]
+        bad = panel.fresh & ~gone & ~is_usable(values, request.zero_allowed) & (panel.grid <= through)[:, None]
         if bad.any():
             row, asset = (int(i) for i in np.argwhere(bad)[0])
             facts = {"asset": panel.assets[asset], "time": iso(panel.grid[row]), "value": float(values[row, asset])}
